@@ -1,0 +1,7 @@
+"""`python -m locvlm` is the command `locvlm`."""
+
+import sys
+
+from locvlm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,8 @@
+"""The data verbs."""
+
+import argparse
+from typing import Any
+
+
+def add_verbs(verbs: "argparse._SubParsersAction[Any]") -> None:
+    """Register the data verbs."""
