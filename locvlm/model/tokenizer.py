@@ -1,0 +1,110 @@
+"""Text -> token ids with the image block and the supervised tokens marked.
+
+Labels come from character offsets of the rendered string, so no tokenizer can shift them (protocol: supervise exactly
+the answers and their closing stop token). The tiny preset's own tokenizer is made here too.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from locvlm.errors import CheckpointError, DataError
+from locvlm.prompts import IMAGE, STOP
+
+SPECIAL_TOKENS = ("<unk>", "<s>", STOP, "<pad>", IMAGE)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids and, beside each, whether it is a training target. Image placeholders are already expanded."""
+
+    ids: list[int]
+    supervised: list[bool]
+
+
+class TextEncoder:
+    """A tokenizer plus the number of visual tokens that one `<image>` stands for."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, n_image_tokens: int) -> None:
+        for name, token in (("stop", tokenizer.eos_token), ("pad", tokenizer.pad_token), ("begin", tokenizer.bos_token)):
+            if token is None:
+                raise CheckpointError(
+                    f"preparing the tokenizer: it has no {name} token; training needs begin, stop and pad tokens"
+                )
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            raise CheckpointError(
+                f"preparing the tokenizer: its pad token is its stop token ({tokenizer.eos_token!r}), so the stop token "
+                "could never be learned; set another pad token (for LLaMA: the unk token)"
+            )
+        if tokenizer.convert_tokens_to_ids(IMAGE) in (None, tokenizer.unk_token_id):
+            raise CheckpointError(f"preparing the tokenizer: it does not know the token {IMAGE}; add it as special token")
+        self.tokenizer = tokenizer
+        self.n_image_tokens = n_image_tokens
+        self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.bos_id: int = tokenizer.bos_token_id
+        self.stop_id: int = tokenizer.eos_token_id
+        self.pad_id: int = tokenizer.pad_token_id
+        backend = tokenizer.backend_tokenizer
+        if backend.truncation is not None or backend.padding is not None:
+            backend.no_truncation()
+            backend.no_padding()
+        self._backend = backend
+
+    def encode(self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]] | None = None) -> list[Encoded]:
+        """Encode rendered conversations; `spans` are the supervised character ranges of each.
+
+        A token is supervised when it overlaps a span. Raises DataError for a sample without a supervised token.
+        """
+        encoded = []
+        for number, item in enumerate(self._backend.encode_batch(list(texts), add_special_tokens=False)):
+            ids, supervised = [self.bos_id], [False]
+            ranges = list(spans[number]) if spans is not None else []
+            at = 0
+            for token, (start, end) in zip(item.ids, item.offsets, strict=True):
+                while at < len(ranges) and ranges[at][1] <= start:
+                    at += 1
+                target = at < len(ranges) and start < ranges[at][1] and end > ranges[at][0]
+                repeat = self.n_image_tokens if token == self.image_id else 1
+                ids.extend([token] * repeat)
+                supervised.extend([target and token != self.image_id] * repeat)
+            if spans is not None and not any(supervised):
+                raise DataError(
+                    f"encoding a training sample: no token of it is supervised, the loss would be 0; text: {texts[number]!r}"
+                )
+            encoded.append(Encoded(ids, supervised))
+        return encoded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The answer text of generated ids: everything before the stop token, special tokens dropped, stripped."""
+        ids = list(ids)
+        if self.stop_id in ids:
+            ids = ids[: ids.index(self.stop_id)]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def word_tokenizer(corpus: Iterable[str], whole: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """The tokenizer of the tiny preset: every word of `corpus` is one token, with and without a leading space; digits
+    are single; anything else falls back to characters and bytes, so no text is out of vocabulary. `whole` are strings
+    kept in one piece after a space (such as '(x1,y1,x2,y2)'). Nothing is trained: equal input, equal tokenizer.
+    """
+    words = sorted({word for text in corpus for word in re.findall(r"[A-Za-z']+", text) if len(word) > 1})
+    vocabulary: list[tuple[str, float]] = [(token, 0.0) for token in SPECIAL_TOKENS]
+    vocabulary += [(f"<0x{byte:02X}>", -50.0) for byte in range(256)]
+    vocabulary += [(character, -10.0) for character in ["\n", "\u2581", *map(chr, range(33, 127))]]
+    vocabulary += [("\u2581(", -10.0), *(("\u2581" + text, -10.0) for text in sorted(whole))]
+    vocabulary += [(prefix + word, -10.0) for word in words for prefix in ("\u2581", "")]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    # LLaMA's own way with spaces, but without the dummy space in front: text and tokens correspond one to one
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    specials: dict[str, Any] = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": STOP, "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **specials, additional_special_tokens=[IMAGE], clean_up_tokenization_spaces=False
+    )
