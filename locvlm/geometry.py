@@ -21,9 +21,10 @@ from locvlm.records import BoxXYXY
 
 Kind = Literal["squash", "letterbox", "crop"]
 
-CLIP_MEAN_COLOUR = (122, 116, 104)  # int(255 * CLIP mean), as LLaVA-1.5 pads
+CLIP_MEAN_COLOUR = (122, 116, 104)  # int(255 * CLIP's mean), as LLaVA-1.5 pads
 MIN_VISIBLE = 0.5  # share of a box's area that has to survive the crop
 
+_MAX_SIDE = 1e9  # pixels; far above any image, far below an overflow
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -64,7 +65,7 @@ class ImageGeometry:
 
         The box is first clipped to the image. With `crop` the result is the visible part; None when less than half of
         the box's area or not its centre is visible. Raises DataError for a box that is not finite or is inverted, or a
-        size <= 0.
+        size below one pixel.
         """
         x1, y1, x2, y2 = _clip(_checked(box_xyxy, width, height), width, height)
         scale_x, scale_y, shift_x, shift_y = self._affine(width, height)
@@ -156,14 +157,14 @@ def _pad_offset(width: int, height: int) -> tuple[int, int]:
 def _checked(box_xyxy: Sequence[float], width: float, height: float) -> BoxXYXY:
     try:
         x1, y1, x2, y2 = (float(value) for value in box_xyxy)
-        legal = x1 <= x2 and y1 <= y2 and all(map(math.isfinite, (x1, y1, x2, y2, width, height)))
-        legal = legal and width > 0 and height > 0
+        legal = x1 <= x2 and y1 <= y2 and all(map(math.isfinite, (x1, y1, x2, y2)))
+        legal = legal and 1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE
     except (TypeError, ValueError, OverflowError):
         legal = False
     if not legal:
         raise DataError(
             f"mapping the box {box_xyxy!r} of an image of {width} x {height}: needed are four finite numbers "
-            "(x1, y1, x2, y2) in pixels with x1 <= x2 and y1 <= y2, and a positive width and height; "
+            "(x1, y1, x2, y2) in pixels with x1 <= x2 and y1 <= y2, and a width and height of 1 or more; "
             "correct the annotation or leave it out"
         )
     return x1, y1, x2, y2

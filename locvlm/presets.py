@@ -100,7 +100,7 @@ def _tiny() -> dict[str, Any]:
                 "ffn_size": 256,
             },
             "language": {
-                "vocab_size": 640,
+                "vocab_size": 1024,
                 "hidden_size": 128,
                 "n_layers": 4,
                 "n_heads": 4,
@@ -118,7 +118,7 @@ def _tiny() -> dict[str, Any]:
                 "steps": 200,
                 "warmup_ratio": 0.05,
                 "conversations_per_image": 1,
-                "precision": "fp32",
+                "precision": "bf16",
             },
             "instruct": {
                 "trainable": ["adapter", "language"],
@@ -136,7 +136,7 @@ def _tiny() -> dict[str, Any]:
                 "warmup_ratio": 0.1,
                 "betas": [0.9, 0.98],
                 "conversations_per_image": 8,
-                "precision": "fp32",
+                "precision": "bf16",
             },
         },
         "cluster": {"num_workers": 2, "cpus_per_worker": 1, "checkpoint_every": 200, "log_every": 10},

@@ -133,7 +133,8 @@ def spatial_word(side_of_obj_2: str, convention: Convention = "natural") -> str:
     """The right word for "Which side of obj_1 is obj_2 located?".
 
     `side_of_obj_2` (left, right, above or below) is where obj_2 lies as seen from obj_1: the natural reading. With
-    `icl_example`, the direction of the answers in the paper's examples, it is the opposite word.
+    `icl_example`, the direction of the answers in the paper's examples, it is the opposite word. The query of
+    `spatial_icl_question` has this form too: there the side of the asked object is `word_1`.
     """
     return side_of_obj_2 if convention == "natural" else OPPOSITE[side_of_obj_2]
 
@@ -156,15 +157,6 @@ def spatial_icl_question(
     return template.format(obj_1=obj_1, obj_2=obj_2, obj_3=obj_3, **sides)
 
 
-def spatial_icl_word(word_1: str, convention: Convention = "icl_example") -> str:
-    """The right word for `spatial_icl_question` with the same `word_1` and `convention`.
-
-    The query asks for obj_1 as seen from obj_3: `word_1` itself when read naturally, the opposite when answered as
-    the paper's examples are.
-    """
-    return spatial_word(word_1, convention)
-
-
 def hallucination_question(obj: str, medium: str = "image") -> str:
     """The presence question of the Hal sets; `medium` is image or video."""
     return HALLUCINATION_PROMPT.format(obj=obj, medium=medium)
@@ -185,7 +177,7 @@ def render_chat(turns: Sequence[tuple[str, str]], system: str, has_image: bool =
     for number, (question, answer) in enumerate(turns):
         text += _ask(question, has_image and number == 0)
         start = len(text)
-        text += f" {_checked_answer(answer, question)}{STOP}"
+        text += f" {_checked_answer(answer, f'the answer to {question!r}')}{STOP}"
         spans.append((start, len(text)))
     return text, spans
 
@@ -203,7 +195,7 @@ def render_prompt(question: str, system: str, history: Sequence[tuple[str, str]]
 
 def render_plain(caption: str) -> tuple[str, Span]:
     """The stage-1 text `<image>{caption}\\n` and its supervised span. Raises DataError as `render_chat`."""
-    text = f"{IMAGE}{_checked_answer(caption, 'the plain caption')}\n"
+    text = f"{IMAGE}{_checked_answer(caption, 'the caption')}\n"
     return text, (len(IMAGE), len(text))
 
 
@@ -218,17 +210,16 @@ def _ask(question: str, with_image: bool) -> str:
     return f"{USER} {image}{cleaned} {ASSISTANT}"
 
 
-def _checked_answer(answer: str, question: str) -> str:
+def _checked_answer(answer: str, name: str) -> str:
     stripped = answer.strip()
     if not stripped:
         raise DataError(
-            f"rendering a conversation: the answer to {question!r} is empty, there is nothing to learn from it; "
-            "leave the turn out or mend it"
+            f"rendering a conversation: {name} is empty, so there is nothing to learn; leave the turn out or mend it"
         )
     for marker in (IMAGE, STOP):
         if marker in stripped:
             raise DataError(
-                f"rendering a conversation: the answer to {question!r} holds {marker}, which is not text but a mark "
-                "of the format; take it out of the record"
+                f"rendering a conversation: {name} holds {marker}, which is not text but a mark of the format; "
+                "take it out of the record"
             )
     return stripped

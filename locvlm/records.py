@@ -59,7 +59,8 @@ class Turn:
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """Turns about one image. `objective` is the one the conversation was built for (a loc_pred conversation may hold
-    a neg_pred turn). `width`, `height`: size of the original image in pixels; `image` is relative to the image folder."""
+    a neg_pred turn). `width`, `height`: size of the original image in pixels; `image` is relative
+    to the image folder."""
 
     id: str
     image: str
@@ -96,7 +97,8 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; `extra` is merged into the top level."""
         value = asdict(self)
-        return {**value, **value.pop("extra")}
+        extra = value.pop("extra")
+        return {**value, **extra}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

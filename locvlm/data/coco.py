@@ -7,18 +7,22 @@ import gc
 import gzip
 import json
 import math
+import os
+import struct
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
+from PIL import Image
 
 from locvlm.errors import DataError
-from locvlm.records import BoxXYXY, ImageRecord, ObjectRecord
+from locvlm.records import BoxXYXY, ImageRecord, ObjectRecord, atomic_write
 
 CrowdRule = Literal["counts", "ignored", "singleton_ok", "ignored_singleton_ok"]
 
@@ -48,6 +52,15 @@ _ANNOTATION_FAULTS = (
     _EMPTY_BOX,
     _OUTSIDE,
 )
+
+_MISSING_FILE = "image file that is missing"
+_BAD_FILE = "image file that does not decode"
+_OTHER_SIZE = "image file of another size than annotated"
+
+_R = TypeVar("_R")
+
+# what Pillow raises for damaged files
+_DECODING_FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 _NAN_BOX: BoxXYXY = (math.nan, math.nan, math.nan, math.nan)
 _NEEDED = (
@@ -150,8 +163,7 @@ def usable_objects(image: ImageRecord, crowd: CrowdRule = "counts") -> list[Obje
     usable = []
     for thing in image.objects:
         n = n_all[thing.category] if thing.is_crowd else n_single[thing.category]
-        x1, y1, x2, y2 = thing.box_xyxy
-        if n == 1 and (lone_crowd or not thing.is_crowd) and x2 > x1 and y2 > y1:
+        if n == 1 and (lone_crowd or not thing.is_crowd) and has_place(thing):
             usable.append(thing)
     return usable
 
@@ -162,11 +174,97 @@ def absent_categories(image: ImageRecord, categories: Iterable[str]) -> list[str
     return [name for name in categories if name not in present]
 
 
+def check_images(
+    images: Sequence[ImageRecord], folder: Path, on_done: Callable[[], object] = lambda: None
+) -> tuple[list[ImageRecord], Counter[str]]:
+    """Decode the file of every image in `folder`; returns the images that are sound, and reason -> number of others.
+
+    `on_done` is called after each file. Raises DataError when `folder` is no folder, or more than half are not sound.
+    """
+    if not folder.is_dir():
+        raise DataError(f"checking the images in {folder}: there is no such folder; needed is the folder of the images")
+    sound: list[ImageRecord] = []
+    skipped: Counter[str] = Counter()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes outside the interpreter's lock
+        for image, fault in zip(images, pool.map(lambda image: _file_fault(image, folder), images), strict=True):
+            if fault:
+                skipped[fault] += 1
+            else:
+                sound.append(image)
+            on_done()
+    refuse_if_most_skipped(folder, "image files", skipped, len(images))
+    return sound, skipped
+
+
+def split_instances(path: Path, instances: Instances, folder: Path, is_test: Callable[[int], bool]) -> dict[str, int]:
+    """Write the images of `instances`, which was read from `path`, as two COCO instances files: instances_train.json
+    and instances_test.json in `folder`.
+
+    `is_test` says of an image id where it goes. Records keep every field they had, polygons included, and their order;
+    skipped ones are left out, but an annotation whose box cannot be used stays, with a box of zero size.
+    Returns counts: images_train, images_test, annotations_train, annotations_test.
+    """
+    file = _read_raw(path)
+    names = {c.id: c.name for c in (_category(path, json.loads(bytes(raw))) for raw in file.categories)}
+    images = {image.id: image for image in instances.images}
+    objects = {thing.id: (image.id, thing) for image in instances.images for thing in image.objects}
+    parts = _Parts(file, is_test)
+    image_decoder, annotation_decoder = msgspec.json.Decoder(_Image), msgspec.json.Decoder(_Annotation)
+    for raw in file.images:
+        image = _decode_one(raw, image_decoder, _image)
+        if image and image.id in images and _same_image(image, images[image.id]):
+            del images[image.id]  # a second record of the same id is not written
+            parts.of(image.id).images.append(raw)
+    for raw in file.annotations:
+        annotation = _decode_one(raw, annotation_decoder, _annotation)
+        if annotation is None or annotation.id not in objects:
+            continue
+        image_id, thing = objects[annotation.id]
+        if (annotation.image_id, names.get(annotation.category_id)) == (image_id, thing.category):
+            del objects[annotation.id]
+            parts.of(image_id).annotations.append(raw if has_place(thing) else _without_box(annotation, thing))
+    parts.write(folder, "instances")
+    return {f"{kind}_{name}": n for kind in ("images", "annotations") for name, n in parts.sizes(kind).items()}
+
+
+def split_captions(path: Path, instances: Instances, folder: Path, is_test: Callable[[int], bool]) -> dict[str, int]:
+    """Write the captions of the images of `instances` as captions_train.json and captions_test.json in `folder`.
+
+    `path` is a COCO captions file; captions of other images are left out. Returns counts: captions_train and
+    captions_test. Raises DataError when it has no caption of these images.
+    """
+    file = _read_raw(path)
+    wanted = {image.id for image in instances.images}
+    parts = _Parts(file, is_test)
+    for raw in file.images:
+        image_id = _field(raw, "id")
+        if image_id in wanted:
+            parts.of(image_id).images.append(raw)
+    for raw in file.annotations:
+        image_id = _field(raw, "image_id", needs="caption")
+        if image_id in wanted:
+            parts.of(image_id).annotations.append(raw)
+    counts = {f"captions_{name}": n for name, n in parts.sizes("annotations").items()}
+    if not any(counts.values()):
+        raise DataError(
+            f"splitting the captions {path}: there is no caption of the images of the annotation file; needed is the "
+            "COCO captions file of the same images: annotations [{id, image_id, caption}]"
+        )
+    parts.write(folder, "captions")
+    return counts
+
+
+def has_place(thing: ObjectRecord) -> bool:
+    """Whether the object has a box of positive size."""
+    x1, y1, x2, y2 = thing.box_xyxy
+    return x2 > x1 and y2 > y1
+
+
 def leads_out(file_name: str) -> bool:
     """Whether a file name of a dataset would leave the folder it is relative to, or cannot be a file name at all."""
     if file_name.isascii() and file_name.replace("_", "").replace(".", "", 1).isalnum():
         return False  # the common case: one plain component
-    if not file_name or "\0" in file_name or "\\" in file_name or not _encodable(file_name):
+    if not file_name or "\0" in file_name or "\\" in file_name or not encodable(file_name):
         return True
     name = PurePosixPath(file_name)
     return name.is_absolute() or ".." in name.parts or not name.parts
@@ -202,10 +300,13 @@ def read_bytes(path: Path) -> bytes:
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
-def decode_json(path: Path, data: bytes) -> Any:
-    """Any JSON value from the bytes of the file `path`. Raises DataError that names the file and the fault."""
+def decode_json(path: Path, data: bytes, **hooks: Any) -> Any:
+    """Any JSON value from the bytes of the file `path`; `hooks` go to `json.loads`.
+
+    Raises DataError that names the file and the fault.
+    """
     try:
-        return json.loads(data)
+        return json.loads(data, **hooks)
     except (json.JSONDecodeError, UnicodeDecodeError) as fault:
         raise DataError(
             f"reading {path}: not valid JSON ({fault}); the file may be cut short, copy or download it again"
@@ -223,6 +324,15 @@ def whole(value: Any) -> int | None:
     return None
 
 
+def encodable(text: str) -> bool:
+    """Whether the text can be written as UTF-8; JSON may hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def refuse_if_most_skipped(path: Path, noun: str, faults: Mapping[str, int], total: int) -> None:
     """Raises DataError with the reasons when more than half of `total` records were skipped for `faults`."""
     n = sum(faults.values())
@@ -233,6 +343,116 @@ def refuse_if_most_skipped(path: Path, noun: str, faults: Mapping[str, int], tot
         f"reading {path}: {n} of {total} {noun} cannot be used, so the file does not fit\n{reasons}\n"
         "check that it is the file you meant, and that the files you gave belong together"
     )
+
+
+class _RawFile(msgspec.Struct):
+    """A COCO file with its records as they stand in the text."""
+
+    info: msgspec.Raw = msgspec.Raw(b"{}")
+    licenses: msgspec.Raw = msgspec.Raw(b"[]")
+    images: list[msgspec.Raw] = []
+    annotations: list[msgspec.Raw] = []
+    categories: list[msgspec.Raw] = []
+
+
+class _Parts:
+    """The train and the test part of a COCO file."""
+
+    def __init__(self, file: _RawFile, is_test: Callable[[int], bool]) -> None:
+        self.is_test = is_test
+        self.train = _RawFile(file.info, file.licenses, categories=file.categories)
+        self.test = _RawFile(file.info, file.licenses, categories=file.categories)
+
+    def of(self, image_id: int) -> _RawFile:
+        """The part that an image belongs to."""
+        return self.test if self.is_test(image_id) else self.train
+
+    def sizes(self, kind: str) -> dict[str, int]:
+        """Records of one list (images, annotations) by part."""
+        return {"train": len(getattr(self.train, kind)), "test": len(getattr(self.test, kind))}
+
+    def write(self, folder: Path, stem: str) -> None:
+        """`<stem>_train.json` and `<stem>_test.json`, a record a line."""
+        for name, part in (("train", self.train), ("test", self.test)):
+            with atomic_write(folder / f"{stem}_{name}.json", "wb") as file:
+                file.write(b'{"info": ' + bytes(part.info) + b', "licenses": ' + bytes(part.licenses))
+                for kind in ("images", "annotations", "categories"):
+                    file.write(f',\n"{kind}": ['.encode())
+                    for number, raw in enumerate(getattr(part, kind)):
+                        file.write((b",\n" if number else b"\n") + bytes(raw))
+                    file.write(b"]")
+                file.write(b"}\n")
+
+
+def _read_raw(path: Path) -> _RawFile:
+    data = read_bytes(path)
+    try:
+        return msgspec.json.decode(data, type=_RawFile)
+    except msgspec.DecodeError:  # NaN or broken Unicode somewhere: write such records anew as legal JSON
+        value = decode_json(path, data, parse_constant=lambda _: None, parse_float=_finite_or_none)
+    if not isinstance(value, dict):
+        raise DataError(f"reading {path}: found a {_kind(value)} at the top; needed is a COCO file, an object")
+    lists = {key: value.get(key) for key in ("images", "annotations", "categories")}
+    raws = {key: [_encode(record) for record in records] for key, records in lists.items() if isinstance(records, list)}
+    return _RawFile(_encode(value.get("info", {})), _encode(value.get("licenses", [])), **raws)
+
+
+def _encode(record: Any) -> msgspec.Raw:
+    return msgspec.Raw(json.dumps(record).encode())
+
+
+def _finite_or_none(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+def _decode_one(
+    raw: msgspec.Raw, decoder: "msgspec.json.Decoder[_R]", lenient: Callable[[Any], "_R | None"]
+) -> "_R | None":
+    """One record as `read_instances` sees it."""
+    try:
+        return decoder.decode(raw)
+    except msgspec.DecodeError:
+        return lenient(json.loads(bytes(raw)))
+
+
+def _same_image(image: _Image, record: ImageRecord) -> bool:
+    return (image.file_name, image.width, image.height) == (record.file_name, record.width, record.height)
+
+
+def _without_box(annotation: _Annotation, thing: ObjectRecord) -> msgspec.Raw:
+    return _encode(
+        {
+            "id": annotation.id,
+            "image_id": annotation.image_id,
+            "category_id": annotation.category_id,
+            "bbox": [*thing.box_xyxy[:2], 0, 0],
+            "area": 0,
+            "iscrowd": int(thing.is_crowd),
+        }
+    )
+
+
+def _field(raw: msgspec.Raw, key: str, needs: str = "") -> int | None:
+    """A whole-number field of a record; None without it, or without the text field `needs`."""
+    record = json.loads(bytes(raw))
+    if not isinstance(record, dict) or (needs and not isinstance(record.get(needs), str)):
+        return None
+    return whole(record.get(key))
+
+
+def _file_fault(image: ImageRecord, folder: Path) -> str:
+    """What is wrong with the file of an image; empty if nothing is."""
+    try:
+        with Image.open(folder / image.file_name) as file:
+            size = file.size
+            file.draft("RGB", (size[0] // 8 or 1, size[1] // 8 or 1))  # JPEG: every byte is still read, far less work
+            file.load()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return _MISSING_FILE
+    except _DECODING_FAULTS:
+        return _BAD_FILE
+    return "" if size == (image.width, image.height) else _OTHER_SIZE
 
 
 def _usable_images(images: list[_Image], skipped: Counter[str]) -> tuple[dict[int, _Image], set[int]]:
@@ -352,7 +572,7 @@ def _decode_record_by_record(path: Path, data: bytes, skipped: Counter[str]) -> 
 def _category(path: Path, record: Any) -> _Category:
     key = whole(record.get("id")) if isinstance(record, dict) else None
     name = record.get("name") if isinstance(record, dict) else None
-    if key is None or not isinstance(name, str) or not _encodable(name):
+    if key is None or not isinstance(name, str) or not encodable(name):
         raise DataError(f"reading {path}: category {str(record)[:80]} has no whole-number id or no name; {_NEEDED}")
     return _Category(key, name)
 
@@ -395,14 +615,6 @@ def _id(record: _Image | ObjectRecord) -> int:
 def _kind(value: Any) -> str:
     names = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
     return names.get(type(value), type(value).__name__)
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True
 
 
 @contextmanager

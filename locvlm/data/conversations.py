@@ -139,7 +139,7 @@ def write_conversations(folder: Path, conversations: Iterable[Conversation]) -> 
 def open_conversations(path: Path) -> ConversationFile:
     """Open a dataset folder, an Arrow file written by `write_conversations`, or a LLaVA JSON list (.json, .json.gz).
 
-    An Arrow file is mapped into memory: opening reads only its footer. A LLaVA list is read whole, each record once;
+    An Arrow file is mapped into memory, checked once and read row by row. A LLaVA list is read whole, each record once;
     its turns are literal and a record that cannot be used is counted in `.skipped`.
     Raises DataError for a missing, cut-short or foreign file, or when most records of a list cannot be used.
     """
@@ -269,7 +269,7 @@ def _map_arrow(file: Path) -> pa.Table:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         if table.schema.equals(_SCHEMA):
-            table.validate()
+            table.validate(full=True)  # damage inside the file would otherwise be read as text and boxes
             return table
         fault = f"its columns are {', '.join(table.schema.names) or 'none'}"
     except (pa.ArrowException, OSError) as error:
@@ -346,8 +346,10 @@ def _literal(record: _LlavaRecord, number: int) -> Conversation | str:
     texts[0] = _without_image_token(texts[0])
     if any(IMAGE in text or STOP in text for text in texts):
         return f"{IMAGE} outside the first question, or {STOP} in a text"
-    if not all(text.strip() for text in texts[1::2]):
-        return "empty answer"
+    if not all(text.strip() for text in texts[1:]):  # a lone first question may be nothing but the image
+        return "empty question or answer"
+    if not texts[0].strip() and len(texts) > 2:
+        return "empty question or answer"
     objective = record.objective or "text"
     # the text is given: a structured objective would be rendered again
     kind = "text" if objective in STRUCTURED else objective

@@ -16,7 +16,8 @@ from locvlm.data.coco import safe_image_path
 from locvlm.data.conversations import ConversationFile
 from locvlm.data.instruct import Renderer
 from locvlm.errors import ConfigError, DataError
-from locvlm.geometry import ImageGeometry, open_image, to_pixels
+from locvlm.geometry import ImageGeometry
+from locvlm.pixels import open_image, to_pixels
 from locvlm.prompts import render_chat, render_plain
 
 Ints = npt.NDArray[np.int64]

@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ _SIZES = ((96, 96), (96, 72), (72, 96))  # (width, height) in pixels; the tiny p
 _SIDES = (18, 28)  # sides of an object in pixels, both inclusive
 _GAP = 3  # free pixels between two objects
 _MARGIN = 2  # free pixels at the border
-_GREY = (60, 200)  # level of the ground, both inclusive
-_N_OBJECTS = ((2, 0.30), (3, 0.40), (4, 0.30))  # objects an image and their shares
+_GREY = (100, 200)  # level of the ground, both inclusive
+_N_OBJECTS = ((2, 0.18), (3, 0.36), (4, 0.46))  # objects an image and their shares
 _P_DUPLICATE = 0.12  # share of images in which one category occurs twice
 _P_CROWD = 0.03  # share of images in which one object is a crowd region
 _TRIES = 80  # places tried for one object before it is left out
@@ -100,7 +100,7 @@ def draw_scenes(output: Path, seed: int, n_train: int, n_test: int, *, force: bo
 
     The folder gets images/{train,test}/NNNNNN.png, instances_{train,test}.json and captions_{train,test}.json (COCO
     formats; file names relative to images/), qa_train.json (a LLaVA list of the generic questions of
-    `locvlm.data.generic` with both sizes of the image and the objective) and, last, manifest.json. A scene depends on
+    `locvlm.data.generic`) and, last, manifest.json. A scene depends on
     (seed, split, image id) alone, so a larger set begins with the smaller one; two runs give the same bytes.
 
     A finished folder of the same seed and sizes is left as it is. Raises DataError for a folder that holds something
@@ -111,7 +111,7 @@ def draw_scenes(output: Path, seed: int, n_train: int, n_test: int, *, force: bo
             f"drawing scenes: {n_train} training and {n_test} test scenes were asked for; "
             f"each must lie between 1 and {_FIRST_TEST_ID - 1}"
         )
-    wanted = {"seed": seed, "drawing": DRAWING, "train": n_train, "test": n_test}
+    wanted = {"drawing": DRAWING, "seed": seed, "test": n_test, "train": n_train}
     if _already_there(output, wanted, force):
         return
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +122,7 @@ def draw_scenes(output: Path, seed: int, n_train: int, n_test: int, *, force: bo
         for split, first_id, n in (("train", 1, n_train), ("test", _FIRST_TEST_ID, n_test)):
             counts += _draw_split(folder, seed, split, range(first_id, first_id + n))
         counts += _write_questions(folder, seed)
+        counts["images"] = n_train + n_test
         extra = {"scenes": wanted, "categories": [category.name for category in CATEGORIES]}
         write_manifest(folder, Manifest("scenes", counts=dict(sorted(counts.items())), seed=seed, extra=extra))
         _move_into_place(folder, output)
@@ -179,9 +180,7 @@ def _draw_split(folder: Path, seed: int, split: str, image_ids: Sequence[int]) -
     licenses = [{"id": 1, "name": "as the project's code", "url": ""}]
     categories = [{"id": c.id, "name": c.name, "supercategory": c.supercategory} for c in CATEGORIES]
     common = {"info": info, "licenses": licenses, "images": images}
-    _write_compact(
-        folder / f"instances_{split}.json", {**common, "annotations": annotations, "categories": categories}
-    )
+    _write_compact(folder / f"instances_{split}.json", {**common, "annotations": annotations, "categories": categories})
     _write_compact(folder / f"captions_{split}.json", {**common, "annotations": captions})
     return Counter({f"images_{split}": len(images), f"objects_{split}": len(annotations)})
 
@@ -234,7 +233,7 @@ def _crowd_blots(rng: random.Random, slot: _Blot) -> tuple[_Blot, ...]:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _stencil(shape: str, width: int, height: int) -> NDArray[np.bool_]:
     """Pixels of a shape, [height, width]; every shape touches all four sides, so its box is exact."""
     x = np.abs(np.arange(width) + 0.5 - width / 2)[None, :]
@@ -297,10 +296,10 @@ def _polygon(shape: str, blot: _Blot) -> list[float]:
 
 def _run_lengths(mask: NDArray[np.bool_]) -> dict[str, list[int]]:
     """COCO's uncompressed run lengths: column by column, starting with the number of empty pixels."""
-    flat = np.concatenate([[False], mask.T.ravel(), [False]])
-    changes = np.flatnonzero(flat[1:] != flat[:-1])
-    edges = np.concatenate([[0], changes, [mask.size]]) if mask.T.ravel()[-1] == 0 else np.concatenate([[0], changes])
-    return {"counts": [int(run) for run in np.diff(edges)], "size": [int(side) for side in mask.shape]}
+    flat = mask.T.ravel()
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1  # the first pixel is empty: scenes have a margin
+    runs = np.diff(changes, prepend=0, append=mask.size)
+    return {"counts": [int(run) for run in runs], "size": [int(side) for side in mask.shape]}
 
 
 def _caption(scene: _Scene) -> str:

@@ -72,6 +72,7 @@ class LocalizationScorer(Scorer):
             "refusal_rate",
             "neg_precision",
             "neg_recall",
+            "neg_f1",
         )
 
     def parse(self, answer: str, question: Question) -> Any:
@@ -88,6 +89,8 @@ class LocalizationScorer(Scorer):
         refused = said == REFUSED
         negative = question.reference["objective"] == "neg_pred"
         sums: Sums = {"neg_precision": (float(negative), 1.0)} if refused else {}
+        if negative or refused:  # F1 = 2 TP / (2 TP + FP + FN)
+            sums["neg_f1"] = (2.0, 2.0) if negative and refused else (0.0, 1.0)
         if negative:
             sums["neg_recall"] = (float(refused), 1.0)
             return sums
@@ -118,6 +121,7 @@ class LocalizationScorer(Scorer):
             }
         share = (len(references) - len(present)) / len(references) if references else 0.0
         floors["neg_precision"] = Floor(share, "always 'no such object'")
+        floors["neg_f1"] = Floor(2 * share / (1 + share), "always 'no such object'")
         floors["neg_recall"] = Floor(float(share > 0), "always 'no such object'")
         return floors
 

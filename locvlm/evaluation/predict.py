@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
+from pydantic import ValidationError
 
 from locvlm import __version__
 from locvlm.config import EvaluationConfig, ExperimentConfig
@@ -24,6 +24,7 @@ from locvlm.errors import ConfigError, DataError
 from locvlm.evaluation.questions import Question, Scorer, spread
 from locvlm.evaluation.score import meta_path, read_meta
 from locvlm.evaluation.tasks import Task, read_set
+from locvlm.pixels import open_image
 from locvlm.records import atomic_write, fingerprint, read_json, write_json, write_jsonl
 
 log = logging.getLogger(__name__)
@@ -108,14 +109,14 @@ class _Run:
         self._scorer: Scorer = job.task.scorer(self._set)
         self._questions = spread(self._set.questions, options.limit)
         self._partial = _partial_path(job.output)
-        self._readable: dict[str, str] = {}
+        self._faults: dict[str, str] = {}
 
     def run(self) -> None:
         """Ask what is not answered yet, then put the files under their final names."""
         size = self._decoding.batch_size
         # the same batches whether interrupted or not: what shares a batch may touch the last bits of a number
         batches = [self._questions[begin : begin + size] for begin in range(0, len(self._questions), size)]
-        done = self._resume()
+        done = self._resume(batches)
         rows: list[dict[str, Any]] = []
         with (
             _progress(self._job.task.name, len(self._questions)) as advance,
@@ -131,15 +132,17 @@ class _Run:
                 advance(len(batch))
         self._finish(rows)
 
-    def _resume(self) -> dict[str, dict[str, Any]]:
-        """The rows of an interrupted run of the same job; a torn last line is dropped."""
-        rows = _read_partial(self._partial, self._identity, self._options.overwrite)
-        if rows:
-            log.info("%s: continuing after %d of %d answers", self._job.task.name, len(rows), len(self._questions))
+    def _resume(self, batches: Sequence[Sequence[Question]]) -> dict[str, dict[str, Any]]:
+        """The rows of the whole batches of an interrupted run of the same job; a torn tail is dropped."""
+        found = {row["id"]: row for row in _read_partial(self._partial, self._identity, self._options.overwrite)}
+        whole = [batch for batch in batches if all(question.id in found for question in batch)]
+        done = {question.id: found[question.id] for batch in whole for question in batch}
+        if done:
+            log.info("%s: continuing after %d of %d answers", self._job.task.name, len(done), len(self._questions))
         with atomic_write(self._partial) as file:
             file.write(json.dumps({"identity": self._identity}) + "\n")
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        return {row["id"]: row for row in rows}
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in done.values())
+        return done
 
     def _answer(self, batch: Sequence[Question]) -> list[dict[str, Any]]:
         asks: dict[str, Ask] = {}
@@ -172,11 +175,10 @@ class _Run:
 
     def _image(self, name: str) -> tuple[Path | None, str]:
         """The path of an image, or why it cannot be shown to the model. Each image is tried once."""
-        path = safe_image_path(self._options.images, name)
-        if name not in self._readable:
-            self._readable[name] = _image_fault(path)
-        fault = self._readable[name]
-        return (None, fault) if fault else (path, "")
+        if name not in self._faults:
+            self._faults[name] = _image_fault(self._options.images, name)
+        fault = self._faults[name]
+        return (None, fault) if fault else (safe_image_path(self._options.images, name), "")
 
     def _finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
         job = self._job
@@ -255,8 +257,9 @@ def _decoding(config: ExperimentConfig, overrides: Mapping[str, Any]) -> Evaluat
     values = {**config.evaluation.model_dump(), **overrides}
     try:
         return EvaluationConfig.model_validate(values)
-    except ValueError as fault:
-        raise ConfigError(f"setting the decoding: {fault}") from None
+    except ValidationError as faults:
+        told = "; ".join(f"{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}" for fault in faults.errors())
+        raise ConfigError(f"setting how the model answers: {told}") from None
 
 
 def _partial_path(output: Path) -> Path:
@@ -288,14 +291,12 @@ def _append(file: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     os.fsync(file.fileno())
 
 
-def _image_fault(path: Path) -> str:
+def _image_fault(folder: Path, name: str) -> str:
+    """Why the image cannot be shown to a model; empty when it can."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        return f"there is no image {path.name}"
-    except (OSError, SyntaxError, Image.DecompressionBombError) as fault:
-        return f"the image {path.name} cannot be read: {fault}".replace(str(path), path.name)
+        open_image(safe_image_path(folder, name))
+    except DataError as fault:
+        return str(fault).replace(f"{folder}/", "")
     return ""
 
 

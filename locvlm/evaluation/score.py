@@ -171,7 +171,7 @@ def _answers(path: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, s
         answer = row.get("answer")
         if not isinstance(answer, str):
             raise DataError(
-                f"scoring {path}: record {number} (id {key!r}) has no `answer` text; needed are records with id and answer"
+                f"scoring {path}: record {number} (id {key!r}) has no `answer` text; records need id and answer"
             )
         times[key] += 1
         answers.setdefault(key, answer)

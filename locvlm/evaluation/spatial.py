@@ -6,25 +6,25 @@ wants exactly one of the two. `opposite_reading` scores the other reading of "Wh
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from locvlm.evaluation.metrics import Floor, Sums
 from locvlm.evaluation.questions import Question, QuestionSet, Scorer, box_of, row_id, text_of
+from locvlm.prompts import OPPOSITE
 from locvlm.records import BoxXYXY
 
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 _WORD = {word: re.compile(rf"\b{word}\b", re.IGNORECASE) for word in OPPOSITE}
 
 
 def direct_question(row: Mapping[str, Any]) -> Question:
     """A row asked directly."""
-    return _question(row, "prompt", "reference")
+    return _question(row, "prompt", "reference", ("subject", "object"))
 
 
 def icl_question(row: Mapping[str, Any]) -> Question:
     """The same row asked with two solved examples before it."""
-    return _question(row, "icl_prompt", "icl_reference")
+    return _question(row, "icl_prompt", "icl_reference", ("subject", "object", "third"))
 
 
 class SpatialScorer(Scorer):
@@ -71,17 +71,17 @@ class SpatialScorer(Scorer):
         }
 
 
-def _question(row: Mapping[str, Any], prompt: str, reference: str) -> Question:
+def _question(row: Mapping[str, Any], prompt: str, reference: str, roles: Sequence[str]) -> Question:
     word = text_of(row, reference).strip().lower()
     if word not in OPPOSITE:
         raise ValueError(f"the {reference} {row[reference]!r} is not one of {', '.join(OPPOSITE)}")
-    return Question(row_id(row), text_of(row, "image"), text_of(row, prompt), word, _boxes(row))
+    return Question(row_id(row), text_of(row, "image"), text_of(row, prompt), word, _boxes(row, roles))
 
 
-def _boxes(row: Mapping[str, Any]) -> dict[str, BoxXYXY]:
+def _boxes(row: Mapping[str, Any], roles: Sequence[str]) -> dict[str, BoxXYXY]:
     """The objects of the question, where the row carries them."""
     boxes = {}
-    for role in ("subject", "object", "third"):
+    for role in roles:
         thing = row.get(role)
         if isinstance(thing, Mapping) and "box" in thing:
             boxes[str(thing.get("category", role))] = box_of(thing["box"])

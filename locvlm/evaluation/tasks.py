@@ -170,7 +170,7 @@ def _refuse_other_places(
     if faults:
         lines = "\n".join(faults)
         raise CheckpointError(
-            f"asking a model about {path}: the data writes places in another form than the checkpoint learned\n{lines}\n"
+            f"asking a model about {path}: the data writes places otherwise than the checkpoint learned to\n{lines}\n"
             "build the data again with the checkpoint's locvlm.yaml (--config), or take a checkpoint that was trained "
             "with the form of the data"
         )

@@ -5,19 +5,21 @@ Evaluation takes coordinates, geometry and prompts from the checkpoint, never fr
 
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, CLIPImageProcessor
+from transformers import AutoTokenizer, CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from locvlm.config import ExperimentConfig, GeometryConfig, dump_config, load_config
+from locvlm.config import EvaluationConfig, ExperimentConfig, GeometryConfig, dump_config, load_config
 from locvlm.errors import CheckpointError, ConfigError
-from locvlm.geometry import PIXEL_MEAN, PIXEL_STD
+from locvlm.model.generate import Request, answers
 from locvlm.model.tokenizer import TextEncoder
 from locvlm.model.variants import LocVLM, architecture, new_model, reset_adapter
+from locvlm.pixels import PIXEL_MEAN, PIXEL_STD
 
 TINY_FOUNDATION = Path(__file__).resolve().parent.parent / "assets" / "tiny_foundation"
 CONFIG_FILE = "locvlm.yaml"
@@ -34,9 +36,21 @@ class LoadedModel:
     config: ExperimentConfig
     path: Path | None = None
 
+    def answers(self, requests: Sequence[Request], decoding: EvaluationConfig) -> list[str]:
+        """One answer a request, in order; see `locvlm.model.generate.answers`."""
+        return answers(self.model, self.encoder, self.config, requests, decoding)
 
-def save(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the checkpoint under its final name in one step; an existing folder of that name is replaced."""
+
+def save(
+    loaded: LoadedModel,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    complete: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write the checkpoint under its final name in one step; an existing folder of that name is replaced.
+
+    `dtype`: store the weights in it; `complete` adds files to the folder before it gets its name.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -47,7 +61,10 @@ def save(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = None) ->
         loaded.encoder.tokenizer.save_pretrained(temporary)
         image_processor(loaded.config.geometry).save_pretrained(temporary)
         (temporary / CONFIG_FILE).write_text(dump_config(loaded.config), encoding="utf-8")
+        complete(temporary)
         temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
@@ -56,11 +73,11 @@ def save(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = None) ->
         raise
 
 
-def image_processor(geometry: GeometryConfig) -> CLIPImageProcessor:
+def image_processor(geometry: GeometryConfig) -> CLIPImageProcessorPil:
     """transformers' processor for the same pixels as `ImageGeometry` gives; letterbox is what it cannot express."""
     side = geometry.side
     square = {"height": side, "width": side}
-    return CLIPImageProcessor(
+    return CLIPImageProcessorPil(
         size={"shortest_edge": side} if geometry.kind == "crop" else square,
         do_center_crop=geometry.kind == "crop",
         crop_size=square,
@@ -120,7 +137,10 @@ def start(config: ExperimentConfig, parent: Path | None) -> LoadedModel:
         )
     folder = TINY_FOUNDATION if config.model.foundation == "tiny" else Path(config.model.foundation)
     foundation = load(folder)
-    if foundation.config.model.vision != config.model.vision or foundation.config.model.language != config.model.language:
+    if (
+        foundation.config.model.vision != config.model.vision
+        or foundation.config.model.language != config.model.language
+    ):
         raise CheckpointError(
             f"starting from the foundation {folder}: its vision or language shape differs from the config's\n"
             f"  foundation: {foundation.config.model}\n  config:     {config.model}"

@@ -2,25 +2,31 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from locvlm.config import EvaluationConfig
-from locvlm.geometry import make_geometry, open_image, to_pixels
-from locvlm.model.checkpoint import LoadedModel
+from locvlm.config import EvaluationConfig, ExperimentConfig
+from locvlm.geometry import make_geometry
+from locvlm.model.tokenizer import TextEncoder
+from locvlm.model.variants import LocVLM
+from locvlm.pixels import open_image, to_pixels
 from locvlm.prompts import render_prompt
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Protocol):
     """One question about one image. `prompt` is the user's words alone; the chat frame is added here."""
 
-    id: str
-    image: Path
-    prompt: str
+    @property
+    def id(self) -> str: ...  # noqa: D102
+
+    @property
+    def image(self) -> Path: ...  # noqa: D102
+
+    @property
+    def prompt(self) -> str: ...  # noqa: D102
 
 
 class SampleNoise(LogitsProcessor):  # type: ignore[misc]
@@ -44,38 +50,53 @@ class SampleNoise(LogitsProcessor):  # type: ignore[misc]
 
 
 @torch.inference_mode()
-def answers(loaded: LoadedModel, requests: Sequence[Request], decoding: EvaluationConfig) -> list[str]:
+def answers(
+    model: LocVLM,
+    encoder: TextEncoder,
+    config: ExperimentConfig,
+    requests: Sequence[Request],
+    decoding: EvaluationConfig,
+) -> list[str]:
     """One answer a request, in order; batches of `decoding.batch_size`, requests of like length together.
 
     Raises DataError for an image that cannot be read.
     """
     results = [""] * len(requests)
-    system = loaded.config.prompts.system
-    texts = [render_prompt(request.prompt, system) for request in requests]
-    encoded = [item.ids for item in loaded.encoder.encode(texts)]
+    texts = [render_prompt(request.prompt, config.prompts.system) for request in requests]
+    encoded = [item.ids for item in encoder.encode(texts)]
     order = sorted(range(len(requests)), key=lambda i: (len(encoded[i]), i))
     for begin in range(0, len(order), decoding.batch_size):
         chunk = order[begin : begin + decoding.batch_size]
-        new_ids = _generate(loaded, [requests[i] for i in chunk], [encoded[i] for i in chunk], decoding)
+        batch = [requests[i] for i in chunk]
+        pictures = _pictures(batch, config)
+        new_ids = _generate(model, encoder, batch, [encoded[i] for i in chunk], pictures, decoding)
         for i, ids in zip(chunk, new_ids, strict=True):
-            results[i] = loaded.encoder.decode(ids)
+            results[i] = encoder.decode(ids)
     return results
 
 
+def _pictures(requests: Sequence[Request], config: ExperimentConfig) -> torch.Tensor:
+    """[batch, 3, side, side]; an image asked about several times is read once."""
+    geometry = make_geometry(config.geometry)
+    pixels = {request.image: to_pixels(geometry.apply(open_image(request.image))) for request in requests}
+    return torch.stack([torch.from_numpy(pixels[request.image]) for request in requests])
+
+
 def _generate(
-    loaded: LoadedModel, requests: Sequence[Request], ids: Sequence[list[int]], decoding: EvaluationConfig
+    model: LocVLM,
+    encoder: TextEncoder,
+    requests: Sequence[Request],
+    ids: Sequence[list[int]],
+    pixels: torch.Tensor,
+    decoding: EvaluationConfig,
 ) -> list[list[int]]:
-    encoder, model = loaded.encoder, loaded.model
     device = model.lm_head.weight.device
-    geometry = make_geometry(loaded.config.geometry)
     length = max(len(row) for row in ids)
     input_ids = torch.full((len(ids), length), encoder.pad_id)
     mask = torch.zeros((len(ids), length), dtype=torch.long)
     for row, values in enumerate(ids):  # left padding: the answer must follow the prompt directly
         input_ids[row, length - len(values) :] = torch.tensor(values)
         mask[row, length - len(values) :] = 1
-    pictures = {request.image: to_pixels(geometry.apply(open_image(request.image))) for request in requests}
-    pixels = torch.stack([torch.from_numpy(pictures[request.image]) for request in requests])
     processors = LogitsProcessorList()
     if decoding.temperature > 0:
         processors.append(SampleNoise(decoding.temperature, decoding.seed, [request.id for request in requests]))

@@ -30,7 +30,11 @@ class TextEncoder:
     """A tokenizer plus the number of visual tokens that one `<image>` stands for."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, n_image_tokens: int) -> None:
-        for name, token in (("stop", tokenizer.eos_token), ("pad", tokenizer.pad_token), ("begin", tokenizer.bos_token)):
+        for name, token in (
+            ("stop", tokenizer.eos_token),
+            ("pad", tokenizer.pad_token),
+            ("begin", tokenizer.bos_token),
+        ):
             if token is None:
                 raise CheckpointError(
                     f"preparing the tokenizer: it has no {name} token; training needs begin, stop and pad tokens"
@@ -41,7 +45,9 @@ class TextEncoder:
                 "could never be learned; set another pad token (for LLaMA: the unk token)"
             )
         if tokenizer.convert_tokens_to_ids(IMAGE) in (None, tokenizer.unk_token_id):
-            raise CheckpointError(f"preparing the tokenizer: it does not know the token {IMAGE}; add it as special token")
+            raise CheckpointError(
+                f"preparing the tokenizer: it does not know the token {IMAGE}; add it as special token"
+            )
         self.tokenizer = tokenizer
         self.n_image_tokens = n_image_tokens
         self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -100,9 +106,7 @@ def word_tokenizer(corpus: Iterable[str], whole: Iterable[str] = ()) -> PreTrain
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     # LLaMA's own way with spaces, but without the dummy space in front: text and tokens correspond one to one
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     specials: dict[str, Any] = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": STOP, "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(

@@ -1,0 +1,1 @@
+"""The loop, its engines, the Ray workers, the tiny foundation."""

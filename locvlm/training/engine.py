@@ -67,8 +67,8 @@ class TorchEngine:
         self.optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, eps=1e-8)
         self.step: nn.Module = _SumLoss(model)
         if self.world > 1:
-            # one bucket and no broadcast of buffers: the tower is frozen and everything trained gets a gradient
-            self.step = DistributedDataParallel(self.step, broadcast_buffers=False, gradient_as_bucket_view=True)
+            # no buffer changes during training, so none needs to be sent around
+            self.step = DistributedDataParallel(self.step, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def sum_loss(self, batch: Batch) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):

@@ -1,0 +1,120 @@
+"""A stage as a Ray Train job: one controller, N workers, restarts after a lost worker. Ray is named here only."""
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+
+from locvlm.errors import LocVLMError, UserError
+from locvlm.training.loop import Point
+from locvlm.training.stage import Job, run
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def local_head() -> Iterator[str]:
+    """A Ray head for this process and its children: RAY_ADDRESS is set while the context is open."""
+    _prepare_environment()
+    context = ray.init(address="local", log_to_driver=False, logging_level="warning")
+    address = context.address_info["gcs_address"]
+    os.environ["RAY_ADDRESS"] = address
+    try:
+        yield address
+    finally:
+        os.environ.pop("RAY_ADDRESS", None)
+        ray.shutdown()
+
+
+def train_on_ray(job: Job, n_workers: int) -> None:
+    """Run the stage on `n_workers` workers of the cluster at RAY_ADDRESS, or on a Ray started for it.
+
+    The same job in the same folder goes on from its last checkpoint. Raises the user's error as such, and LocVLMError
+    when the workers failed more often than `cluster.max_failures`.
+    """
+    _prepare_environment()
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), logging_level="warning")
+    cluster = job.config.cluster
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= n_workers
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=job.to_dict(),
+        scaling_config=ScalingConfig(
+            num_workers=n_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(job.folder.resolve()),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _cause(error) from error
+
+
+class RayCheckpoints:
+    """The loop's checkpoints as Ray Train's: `save` is a barrier over all ranks."""
+
+    def latest(self) -> Path | None:
+        """A local copy of the last checkpoint that Ray registered."""
+        checkpoint = ray.train.get_checkpoint()
+        return None if checkpoint is None else Path(checkpoint.to_directory(tempfile.mkdtemp(prefix="locvlm-")))
+
+    def save(self, step: int, write: Callable[[Path], None], point: Point) -> None:
+        """Rank 0 writes; every rank reports."""
+        name = f"step-{step:09d}"
+        if ray.train.get_context().get_world_rank() != 0:
+            ray.train.report(asdict(point), checkpoint_dir_name=name)
+            return
+        with tempfile.TemporaryDirectory(prefix="locvlm-") as folder:
+            write(Path(folder))
+            ray.train.report(asdict(point), Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+
+
+def _worker(values: dict[str, Any]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    job = Job.from_dict(values)
+    torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
+    run(job, RayCheckpoints(), get_device())
+
+
+def _cause(error: Exception) -> LocVLMError:
+    """What the workers said: the user's mistake if it was one, else the words of the first failure."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, UserError):
+                return type(cause)(str(cause))
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    return LocVLMError(f"training on Ray failed: {error}")
+
+
+def _prepare_environment() -> None:
+    """Ray's own switches, where the user has not set them; none changes a result."""
+    directory = str(Path(sys.executable).parent)
+    if directory not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([directory, os.environ.get("PATH", "")])
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # A100 nodes pull a large image first
+    home = Path.home()
+    if "RAY_AUTH_MODE" not in os.environ and not os.access(home, os.W_OK):
+        os.environ["RAY_AUTH_MODE"] = "disabled"  # the token file could not be written

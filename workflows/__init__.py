@@ -1,0 +1,1 @@
+"""The pipelines: which step follows which, with what, on what. Nothing is computed here."""
