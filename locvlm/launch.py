@@ -273,7 +273,7 @@ def _resize_workers(job: Job, settings: JobSettings) -> None:
     groups = (job["spec"].get("rayClusterSpec") or {}).get("workerGroupSpecs") or []
     if len(groups) != 1:
         raise LaunchError(f"sizing the workers: the template has {len(groups)} worker groups, this needs exactly one")
-    if min(settings.workers or 1, settings.gpus_per_worker or 1) < 1:
+    if any(count is not None and count < 1 for count in (settings.workers, settings.gpus_per_worker)):
         raise LaunchError("sizing the workers: --workers and --gpus-per-worker must be at least 1")
     group = groups[0]
     if settings.workers is not None:

@@ -51,6 +51,9 @@ class Tracker(Protocol):
     def log_dataset(self, name: str, path: Path, fingerprint: str) -> None:
         """Name an input. `fingerprint` is DVC's md5 (32 hex digits, or 32 and `.dir`), or `sha256:...`."""
 
+    def close(self, status: str, note: str = "") -> None:
+        """End the run as FINISHED, FAILED or KILLED; `start_stage` does so by itself."""
+
 
 class NullTracker:
     """Tracks nothing, where MLFLOW_TRACKING_URI is unset."""
@@ -68,6 +71,9 @@ class NullTracker:
 
     def log_dataset(self, name: str, path: Path, fingerprint: str) -> None:
         """Nothing is named."""
+
+    def close(self, status: str, note: str = "") -> None:
+        """Nothing is open."""
 
 
 class MlflowTracker:
@@ -223,11 +229,12 @@ def open_parent_run(name: str, tags: Mapping[str, str], run_id: str = "") -> str
         return str(client.create_run(_experiment_id(client, None), run_name=name, tags=dict(tags)).info.run_id)
 
 
-def close_parent_run(run_id: str, status: str) -> None:
-    """End a run of `open_parent_run` as FINISHED, FAILED or KILLED; a dead server is only a warning by now."""
-    if run_id and enabled():
-        uri = os.environ["MLFLOW_TRACKING_URI"]
-        MlflowTracker(connect(uri), uri, run_id).close(status)
+def resume_run(run_id: str) -> MlflowTracker | NullTracker:
+    """A tracker for a run that is open already, such as the parent run of a pipeline."""
+    if not run_id or not enabled():
+        return NullTracker()
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    return MlflowTracker(connect(uri), uri, run_id)
 
 
 @contextlib.contextmanager

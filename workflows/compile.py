@@ -1,4 +1,4 @@
-"""`python -m workflows.compile`: write the pipeline package that is submitted; a test keeps it in step with the code."""
+"""`python -m workflows.compile`: write the pipeline package; a test keeps it in step with the code."""
 
 import argparse
 import warnings

@@ -47,7 +47,7 @@ STORAGE_SECRET = {name: name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCES
 
 
 def make_pipeline(retries: int = 1) -> Any:
-    """The pipeline; `retries`: of the steps that train or ask a model (0 on a laptop, where a person sees the failure)."""
+    """The pipeline; `retries`: of the steps that train or ask a model (0 where a person sits before the failure)."""
 
     def image_pipeline(
         root: str,

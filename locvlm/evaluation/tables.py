@@ -128,7 +128,7 @@ def task_table(task: str, names: Sequence[str], metrics: Sequence[Mapping[str, A
     ]
     if rows:
         notes += [
-            f"{arm} lies below the floor: it scores less than one fixed answer would, so it may not be answering in the "
+            f"{arm} lies below the floor: it scores less than one fixed answer would, so it may not answer in the "
             "form of the question, and a lead over it says little"
             for arm, cell in zip(names, rows[0].cells, strict=True)
             if cell.figure is not None and _below_floor(cell.figure)

@@ -45,7 +45,8 @@ class SampleNoise(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """scores: [batch, vocabulary]."""
         noise = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self.generators])
-        gumbel = -torch.log(-torch.log(noise.clamp_min(1e-20)).clamp_min(1e-20))
+        exponential = (-torch.log(noise.clamp_min(1e-20))).clamp_min(1e-20)
+        gumbel = -torch.log(exponential)
         return scores.float() / self.temperature + gumbel.to(scores.device)
 
 

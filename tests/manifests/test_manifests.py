@@ -12,10 +12,10 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from crds import FILES, crd_faults
 
 from locvlm import __version__
 from locvlm.launch import JobSettings, default_template, render_ray_job, validate_ray_job
+from tests.crds import FILES, crd_faults
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 K8S = REPOSITORY / "k8s"
