@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -40,8 +39,8 @@ def generate(path: Path, n_images: int) -> None:
         images.append({"license": 1, "file_name": f"{image_id:012d}.jpg", "width": width, "height": height})
         images[-1] |= {"coco_url": f"http://images/{image_id:012d}.jpg", "date_captured": "2013-11-14", "id": image_id}
         palette = rng.sample(categories, rng.randint(1, 5))
-        for _ in range(min(60, int(rng.expovariate(1 / 7.0)) + rng.randint(0, 1))):
-            annotations.append(_annotation(rng, image_id, width, height, rng.choice(palette)["id"]))
+        n = min(60, int(rng.expovariate(1 / 7.0)) + rng.randint(0, 1))
+        annotations += [_annotation(rng, image_id, width, height, rng.choice(palette)["id"]) for _ in range(n)]
     for annotation, key in zip(annotations, rng.sample(range(1, 20 * len(annotations)), len(annotations)), strict=True):
         annotation["id"] = key
     with open(path, "w") as file:
@@ -123,15 +122,22 @@ def digest(records: Iterable[Any]) -> str:
 
 def measure(side: str, path: Path) -> dict[str, Any]:
     """Run one side in this process."""
-    import locvlm.data.instruct
-    import pycocotools.coco  # noqa: F401
+    import pycocotools.coco
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    import locvlm.data.instruct  # noqa: F401
+
+    before = peak_kib()
     start, wall = time.process_time(), time.perf_counter()
     records = {"ours": ours, "peer": peer}[side](path)
     cpu, wall = time.process_time() - start, time.perf_counter() - wall
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = peak_kib() - before
     return {"n": len(records), "cpu": cpu, "wall": wall, "mib": peak / 1024, "digest": digest(records)}
+
+
+def peak_kib() -> int:
+    """Peak resident memory of this program (ru_maxrss would begin with the parent's)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1])
 
 
 def main() -> None:

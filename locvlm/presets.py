@@ -1,4 +1,4 @@
-"""Named experiments. Each differs from another by the few lines shown; numbers cite the paper or the recipe they follow."""
+"""Named experiments. Each differs from another by a few lines; numbers cite the paper or the recipe they follow."""
 
 import copy
 from collections.abc import Callable, Iterable

@@ -1,0 +1,1 @@
+"""Annotations -> records -> conversations and question sets -> batches."""

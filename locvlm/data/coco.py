@@ -156,16 +156,24 @@ def usable_objects(image: ImageRecord, crowd: CrowdRule = "counts") -> list[Obje
     - singleton_ok: as `counts`, but a crowd region that is the only instance is usable;
     - ignored_singleton_ok: as `ignored`, but a crowd region that is the only annotation of its category is usable.
     """
-    ignored = crowd in ("ignored", "ignored_singleton_ok")
-    lone_crowd = crowd in ("singleton_ok", "ignored_singleton_ok")
-    n_all = Counter(thing.category for thing in image.objects)
-    n_single = Counter(thing.category for thing in image.objects if not thing.is_crowd) if ignored else n_all
-    usable = []
-    for thing in image.objects:
-        n = n_all[thing.category] if thing.is_crowd else n_single[thing.category]
-        if n == 1 and (lone_crowd or not thing.is_crowd) and has_place(thing):
-            usable.append(thing)
-    return usable
+    if crowd in ("counts", "singleton_ok"):
+        usable = _singletons(image.objects)
+    else:
+        usable = _singletons([thing for thing in image.objects if not thing.is_crowd])
+        if crowd == "ignored_singleton_ok":
+            usable += [thing for thing in _singletons(image.objects) if thing.is_crowd]
+            usable.sort(key=_id)
+    return [thing for thing in usable if has_place(thing) and (crowd != "counts" or not thing.is_crowd)]
+
+
+def _singletons(things: Iterable[ObjectRecord]) -> list[ObjectRecord]:
+    """The things whose category occurs once, in their order."""
+    first: dict[str, ObjectRecord] = {}
+    repeated: set[str] = set()
+    for thing in things:
+        if first.setdefault(thing.category, thing) is not thing:
+            repeated.add(thing.category)
+    return [thing for category, thing in first.items() if category not in repeated]
 
 
 def absent_categories(image: ImageRecord, categories: Iterable[str]) -> list[str]:
@@ -340,8 +348,8 @@ def refuse_if_most_skipped(path: Path, noun: str, faults: Mapping[str, int], tot
         return
     reasons = "\n".join(f"  - {reason}: {count}" for reason, count in sorted(faults.items()) if count)
     raise DataError(
-        f"reading {path}: {n} of {total} {noun} cannot be used, so the file does not fit\n{reasons}\n"
-        "check that it is the file you meant, and that the files you gave belong together"
+        f"reading {path}: {n} of {total} {noun} cannot be used\n{reasons}\n"
+        "more than half is taken for a mix-up: check that it is what you meant, and that what you gave belongs together"
     )
 
 
@@ -484,7 +492,7 @@ def _objects_by_image(
 ) -> dict[int, list[ObjectRecord]]:
     """The objects of every image in file order; empties `annotations` on the way, so that memory is not held twice."""
     places: dict[int, tuple[int, int, list[ObjectRecord]]] = {
-        image.id: (image.width, image.height, []) for image in images.values()
+        image.id: (image.width, image.height, []) for image in images.values() if image.id not in exclude
     }
     seen: set[int] = set()
     annotations.reverse()
@@ -492,18 +500,18 @@ def _objects_by_image(
         annotation = annotations.pop()
         place = places.get(annotation.image_id)
         if place is None:
-            skipped[_SKIPPED_IMAGE if annotation.image_id in dropped else _NO_IMAGE] += 1
-            continue
-        if annotation.image_id in exclude:
+            if annotation.image_id not in images:
+                skipped[_SKIPPED_IMAGE if annotation.image_id in dropped else _NO_IMAGE] += 1
             continue
         name = names.get(annotation.category_id)
         if name is None:
             skipped[_NO_CATEGORY] += 1
             continue
-        if annotation.id in seen:
+        key = annotation.id
+        if key in seen:
             skipped[_SAME_ANNOTATION] += 1
             continue
-        seen.add(annotation.id)
+        seen.add(key)
         width, height, objects = place
         x1, y1, w, h = annotation.bbox
         x2, y2 = x1 + w, y1 + h
@@ -512,7 +520,7 @@ def _objects_by_image(
         else:
             box, fault = _mend_box((x1, y1, x2, y2), width, height)
             (notes if fault == CLIPPED else skipped)[fault] += 1
-        objects.append(ObjectRecord(annotation.id, name, box, bool(annotation.iscrowd)))
+        objects.append(ObjectRecord(key, name, box, bool(annotation.iscrowd)))
     return {image_id: objects for image_id, (_, _, objects) in places.items()}
 
 

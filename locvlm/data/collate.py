@@ -1,4 +1,7 @@
-"""Samples -> one padded batch. Several conversations of an image sit behind one image prefix and cannot see each other."""
+"""Samples -> one padded batch.
+
+Several conversations of an image sit behind one image prefix and cannot see each other.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

@@ -136,7 +136,7 @@ class TrainingData:
         return rng.permutation(np.concatenate(pairs))
 
     def _draw(self, epoch: int, image: str) -> list[tuple[int, int]]:
-        """(entry, row) of the conversations of one packed sample: by weight, without repeating while there is choice."""
+        """(entry, row) of the conversations of one packed sample: by weight, each once while there is choice."""
         rng = np.random.default_rng((self.seed, epoch, *image.encode()))
         pools = {entry: rng.permutation(rows[image]) for entry, rows in enumerate(self.by_image) if image in rows}
         entries = np.array(list(pools))

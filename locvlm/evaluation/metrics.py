@@ -203,6 +203,7 @@ def _interval(samples: Floats, value: float, n_clusters: int) -> tuple[float | N
         return None, None
     if n_clusters == 1 or value <= 0 or value >= 1:
         # resampling cannot leave a set that is all right or all wrong; ten of ten is not certainty
-        return wilson(min(1.0, max(0.0, value)), n_clusters)
-    low, high = _percentiles(samples)
+        low, high = wilson(min(1.0, max(0.0, value)), n_clusters)
+    else:
+        low, high = _percentiles(samples)
     return min(low, value), max(high, value)

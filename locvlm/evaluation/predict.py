@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from locvlm import __version__
 from locvlm.config import EvaluationConfig, ExperimentConfig
 from locvlm.data.coco import safe_image_path
-from locvlm.errors import ConfigError, DataError
+from locvlm.errors import CheckpointError, ConfigError, DataError
 from locvlm.evaluation.questions import Question, Scorer, spread
 from locvlm.evaluation.score import meta_path, read_meta
 from locvlm.evaluation.tasks import Task, read_set
@@ -30,6 +30,7 @@ from locvlm.records import atomic_write, fingerprint, read_json, write_json, wri
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 20.0
+_CONFIG_FILE = "locvlm.yaml"  # what every checkpoint of ours holds; the model package itself would bring in torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +78,16 @@ def predict(jobs: Sequence[Job], options: Options, open_model: Callable[[Path], 
 
     A finished job is one whose output was made from the same data by the same model with the same settings. An image
     that cannot be read makes its questions failures; the run goes on. Raises DataError when an output holds something
-    else, or when every question of a job failed.
+    else, or when every question of a job failed; CheckpointError for a model folder that is none.
     """
     if not options.images.is_dir():
         raise DataError(f"predicting: the image folder {options.images} does not exist; give it with --images")
-    if not options.model.is_dir():
-        raise DataError(f"predicting: there is no model folder {options.model}; give the output of `locvlm train`")
+    if not (options.model / _CONFIG_FILE).is_file():  # told before 14 GB are read for their fingerprint
+        found = "there is no such folder" if not options.model.is_dir() else f"{_CONFIG_FILE} is missing"
+        raise CheckpointError(
+            f"predicting with the model {options.model}: {found}, so this is not a whole LocVLM checkpoint; "
+            "give the output folder of `locvlm train`"
+        )
     print_of_model = fingerprint(options.model)
     todo = []
     for job in jobs:

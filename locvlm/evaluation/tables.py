@@ -192,7 +192,6 @@ def _below_floor(figure: Figure) -> bool:
 
 def _row(task: str, figure: str, names: Sequence[str], metrics: Sequence[Mapping[str, Any] | str]) -> Row:
     cells = tuple(_cell(entry, figure) for entry in metrics)
-    known = [cell.figure for cell in cells if cell.figure is not None]
     entry = next(entry for entry in metrics if isinstance(entry, Mapping) and figure in entry["figures"])
     comparisons = tuple(
         _comparison(figure, names[other], metrics[0], metrics[other], cells[0]) for other in range(1, len(names))
@@ -201,8 +200,8 @@ def _row(task: str, figure: str, names: Sequence[str], metrics: Sequence[Mapping
         figure,
         LABELS.get(figure, figure.replace("_", " ")),
         cells,
-        known[0].floor,
-        known[0].floor_answer,
+        entry["figures"][figure]["floor"],
+        entry["figures"][figure]["floor_answer"],
         comparisons,
         paper_numbers(task, figure, list(entry["figures"]), str(entry["dataset"])),
         figure in _LESS_IS_BETTER,

@@ -160,4 +160,5 @@ def fresh(config: ExperimentConfig, encoder: TextEncoder, seed: int) -> LocVLM:
     specials = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.stop_id, "pad_token_id": encoder.pad_id}
     model = new_model(architecture(config.model, image_token_id=encoder.image_id, special_ids=specials), seed)
     reset_adapter(model, seed)
-    return model.eval()
+    model.eval()
+    return model

@@ -45,9 +45,7 @@ class TextEncoder:
                 "could never be learned; set another pad token (for LLaMA: the unk token)"
             )
         if tokenizer.convert_tokens_to_ids(IMAGE) in (None, tokenizer.unk_token_id):
-            raise CheckpointError(
-                f"preparing the tokenizer: it does not know the token {IMAGE}; add it as special token"
-            )
+            raise CheckpointError(f"preparing the tokenizer: it does not know {IMAGE}; add it as a special token")
         self.tokenizer = tokenizer
         self.n_image_tokens = n_image_tokens
         self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -78,9 +76,7 @@ class TextEncoder:
                 ids.extend([token] * repeat)
                 supervised.extend([target and token != self.image_id] * repeat)
             if spans is not None and not any(supervised):
-                raise DataError(
-                    f"encoding a training sample: no token of it is supervised, the loss would be 0; text: {texts[number]!r}"
-                )
+                raise DataError(f"encoding a training sample: no token of it is supervised; text: {texts[number]!r}")
             encoded.append(Encoded(ids, supervised))
         return encoded
 

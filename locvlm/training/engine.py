@@ -71,13 +71,16 @@ class TorchEngine:
             self.step = DistributedDataParallel(self.step, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def sum_loss(self, batch: Batch) -> torch.Tensor:
+        """Forward through DDP where there is one, in the stage's precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
             return self.step(**batch.inputs(self.device))  # type: ignore[no-any-return]
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Backward; DDP sums up over the ranks."""
         (loss * self.world).backward()  # type: ignore[no-untyped-call]  # DDP averages over ranks; the loss is a sum
 
     def total(self, values: list[float]) -> list[float]:
+        """All-reduce in float64."""
         if self.world == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device if self.device.type == "cuda" else None)
@@ -85,6 +88,7 @@ class TorchEngine:
         return [float(v) for v in tensor]
 
     def update(self, learning_rate: float) -> float:
+        """One AdamW step."""
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.stage.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -93,12 +97,14 @@ class TorchEngine:
         return float(norm)
 
     def state(self) -> dict[str, Any]:
+        """Trained weights on the CPU and AdamW's moments."""
         return {
             "weights": {name: p.detach().cpu() for name, p in self.trained.items()},
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Back into the parameters, bit by bit."""
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(state["weights"][name])

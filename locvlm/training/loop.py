@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,7 +50,7 @@ class Checkpoints(Protocol):
         """Called by every rank at the same steps; `write` fills a folder and must run on rank 0 only."""
 
 
-class NonFiniteLoss(LocVLMError):
+class NonFiniteLossError(LocVLMError):
     """The loss became NaN or infinite; nothing was updated with it."""
 
 
@@ -97,7 +98,7 @@ def train(
 ) -> Point:
     """Train to the end of the stage, from the last checkpoint if there is one; returns the last point of the curve.
 
-    `micro_batch`: samples a forward pass (0: the rank's whole share at once). Raises NonFiniteLoss before the optimizer
+    `micro_batch`: samples a forward pass (0: the rank's whole share at once). Raises NonFiniteLossError before the optimizer
     moves when the loss is not a number.
     """
     total = n_steps(stage, len(data))
@@ -114,7 +115,7 @@ def train(
             loss_sum, sums = _accumulate(engine, batches)
             if not math.isfinite(loss_sum):
                 names = [step * stage.global_batch + i for i in own]
-                raise NonFiniteLoss(
+                raise NonFiniteLossError(
                     f"training step {step + 1}: the loss is {loss_sum}; nothing was updated. Samples {names[0]}.."
                     f"{names[-1]} on rank {engine.rank}; lower the learning rate or look at these samples"
                 )
@@ -129,15 +130,13 @@ def train(
             bar.update(task, completed=step, loss=mean)
             last = step == total
             if last or step % log_every == 0 or step % checkpoint_every == 0:
-                point = Point(
-                    step, mean, rate, norm, *(int(counters[k]) for k in ("tokens", "targets", "conversations")),
-                    seconds=round(time.monotonic() - begun, 3),
-                )  # fmt: skip
+                sizes = {name: int(counters[name]) for name in ("tokens", "targets", "conversations")}
+                point = Point(step, mean, rate, norm, **sizes, seconds=round(time.monotonic() - begun, 3))
             if last or step % log_every == 0:
                 on_point(point)
                 since = {"loss": 0.0, "targets": 0.0}
             if last or step % checkpoint_every == 0:
-                checkpoints.save(step, lambda folder: _write(folder, engine, point), point)
+                checkpoints.save(step, partial(_write, engine=engine, point=point), point)
     return point
 
 

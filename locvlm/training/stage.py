@@ -52,7 +52,9 @@ class Job:
         """The config section of the stage. Raises ConfigError when the preset has no such stage."""
         found: StageConfig | None = getattr(self.config.stages, self.stage)
         if found is None:
-            raise ConfigError(f"training stage {self.stage!r}: the configuration {self.config.name!r} has no such stage")
+            raise ConfigError(
+                f"training stage {self.stage!r}: the configuration {self.config.name!r} has no such stage"
+            )
         return found
 
     @property
@@ -105,7 +107,7 @@ def check(job: Job, n_workers: int) -> None:
     if missing:
         raise ConfigError(
             f"training {job.stage}: the mixture names the source(s) {', '.join(missing)}, but --data gave "
-            f"{', '.join(sorted(job.data)) or 'none'}; add --data {missing[0]}=PATH or change stages.{job.stage}.mixture"
+            f"{', '.join(sorted(job.data)) or 'none'}; add --data {missing[0]}=PATH or change the stage's mixture"
         )
 
 

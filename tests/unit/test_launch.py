@@ -31,7 +31,7 @@ from locvlm.launch import (
 )
 from tests.crds import crd_faults
 
-POLL = 0.02
+POLL = 0.01
 COMMAND = ["locvlm", "train", "--stage", "instruct"]
 SUCCEEDED = {
     "jobDeploymentStatus": "Complete",
@@ -250,7 +250,7 @@ class Cluster(ThreadingHTTPServer):
 
     `script`: the statuses of the job, one a look, the last one for ever. `hold()` keeps the script where it is.
     `log`: the lines by pod. `breaks`: how many lines the next log streams give before they are cut in mid-line.
-    `refuse`: answers to give instead, by "METHOD path-ending", the last of a list for ever.
+    `open_for_ever`: a followed log has no end. `refuse`: answers to give instead, by "METHOD path-ending", the last of a list for ever.
     """
 
     daemon_threads = True
@@ -263,7 +263,9 @@ class Cluster(ThreadingHTTPServer):
         self.hold: Callable[[], bool] = lambda: False
         self.log: dict[str, list[str]] = {"try-1-aaaaa": ["hello", "step 1 loss 2.5", "done"]}
         self.breaks: list[int] = []
+        self.after_break: Callable[[], None] = lambda: None
         self.stamps = True
+        self.open_for_ever = threading.Event()
         self.refuse: dict[str, list[tuple[int, str]]] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.n_logs = 0
@@ -290,6 +292,7 @@ class Cluster(ThreadingHTTPServer):
 class Answer(BaseHTTPRequestHandler):
     server: Cluster
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *args: object) -> None:
         pass
@@ -397,10 +400,11 @@ class Answer(BaseHTTPRequestHandler):
             data = f"{stamp}{line}\n".encode()
             if index == cut:
                 self.chunk(data[: len(data) // 2])
+                self.server.after_break()
                 self.close_connection = True
                 return
             self.chunk(data)
-        while follow and self.server.jobs and self.server.hold():
+        while follow and (self.server.open_for_ever.is_set() or (self.server.jobs and self.server.hold())):
             time.sleep(0.005)
         self.wfile.write(b"0\r\n\r\n")
 
@@ -423,6 +427,17 @@ def run(cluster: Cluster, job: Job | None = None, **options: Any) -> tuple[Any, 
     lines: list[str] = []
     done = launch(job or rendered(), cluster.api, poll_seconds=POLL, write=lines.append, **options)
     return done, lines
+
+
+def when(condition: Callable[[], bool], action: Callable[[], None]) -> None:
+    """Do `action` in the background as soon as `condition` holds."""
+
+    def wait() -> None:
+        while not condition():
+            time.sleep(0.002)
+        action()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # --- a job that succeeds
@@ -481,10 +496,9 @@ def test_a_second_launch_of_a_job_that_failed_starts_it_again(cluster: Cluster) 
 
 def test_a_launch_waits_for_an_earlier_job_that_is_being_deleted(cluster: Cluster) -> None:
     cluster.put(rendered(), RUNNING, deletionTimestamp="2026-01-01T00:00:00Z")
-    threading.Timer(3 * POLL, cluster.jobs.clear).start()
+    when(lambda: cluster.count("POST", "rayjobs") > 2, cluster.jobs.clear)
     done, _ = run(cluster)
     assert not done.reattached
-    assert cluster.count("POST", "rayjobs") > 1
     assert cluster.count("DELETE", "") == 0
 
 
@@ -594,7 +608,7 @@ def test_a_retry_by_the_operator_is_not_the_end(cluster: Cluster) -> None:
 
 def test_a_job_that_someone_deletes_is_a_failure(cluster: Cluster) -> None:
     cluster.script = [RUNNING]
-    threading.Timer(4 * POLL, cluster.jobs.clear).start()
+    when(lambda: cluster.n_logs > 0, cluster.jobs.clear)
     with pytest.raises(JobFailed, match="deleted before it had finished"):
         run(cluster)
 
@@ -626,13 +640,8 @@ def test_a_reconnection_asks_only_for_the_last_minutes(cluster: Cluster) -> None
 def test_the_log_of_a_new_submitter_follows_the_rest_of_the_old_one(cluster: Cluster) -> None:
     cluster.log = {"try-1-aaaaa": ["one", "two", "three"]}
     cluster.breaks = [1]
-
-    def hold() -> bool:
-        if cluster.n_logs == 1:
-            cluster.log["try-1-bbbbb"] = ["four", "five"]
-        return cluster.n_logs < 3
-
-    cluster.hold = hold
+    cluster.after_break = lambda: cluster.log.update({"try-1-bbbbb": ["four", "five"]})
+    cluster.hold = lambda: cluster.n_logs < 3
     assert run(cluster)[1] == ["one", "two", "three", "four", "five"]
 
 
@@ -641,6 +650,16 @@ def test_a_log_that_cannot_be_read_does_not_matter_because_the_status_decides(cl
     done, lines = run(cluster)
     assert done.ray_job_id
     assert lines == []
+
+
+def test_a_log_stream_that_stays_open_does_not_hold_up_the_end(cluster: Cluster) -> None:
+    cluster.open_for_ever.set()
+    cluster.hold = lambda: cluster.n_logs == 0
+    started = time.monotonic()
+    _, lines = run(cluster)
+    assert time.monotonic() - started < 5
+    assert lines == ["hello", "step 1 loss 2.5", "done"]
+    cluster.open_for_ever.clear()
 
 
 def test_a_reader_that_hangs_up_does_not_end_the_job(cluster: Cluster) -> None:
@@ -697,12 +716,7 @@ def test_a_cancelled_launch_deletes_its_job(cluster: Cluster, number: signal.Sig
     cluster.hold = lambda: True
     before = signal.getsignal(signal.SIGTERM)
 
-    def cancel() -> None:
-        while cluster.n_logs == 0:
-            time.sleep(POLL)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=cancel, daemon=True).start()
+    when(lambda: cluster.n_logs > 0, lambda: os.kill(os.getpid(), number))
     with pytest.raises(KeyboardInterrupt):
         run(cluster)
     assert cluster.jobs == {}
@@ -713,7 +727,7 @@ def test_a_cancelled_launch_deletes_its_job(cluster: Cluster, number: signal.Sig
 def test_a_cancelled_launch_that_cannot_delete_says_how(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     cluster.script = [RUNNING]
     cluster.refuse["DELETE try-1"] = [(500, "etcd")]
-    threading.Timer(5 * POLL, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    when(lambda: cluster.n_logs > 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
         run(cluster)
     assert "run `kubectl -n locvlm delete rayjob try-1`" in caplog.text
