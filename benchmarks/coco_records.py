@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,15 @@ def _annotation(rng: random.Random, image_id: int, width: int, height: int, cate
     }
 
 
-def ours(path: Path) -> list[Any]:
+def ours(path: Path) -> Iterator[Any]:
     from locvlm.config import InstructConfig
     from locvlm.data.coco import read_instances
     from locvlm.data.instruct import build_localize_instruct
 
-    return list(build_localize_instruct(read_instances(path), InstructConfig(), SEED))
+    yield from build_localize_instruct(read_instances(path), InstructConfig(), SEED)
 
 
-def peer(path: Path) -> list[Any]:
+def peer(path: Path) -> Iterator[Any]:
     """What one writes with pycocotools; the draws are ours, so that the records can be equal."""
     from pycocotools.coco import COCO
 
@@ -80,7 +80,6 @@ def peer(path: Path) -> list[Any]:
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(path))
     names = {category["id"]: category["name"] for category in coco.loadCats(coco.getCatIds())}
-    records = []
     for image_id in sorted(coco.getImgIds()):
         image = coco.loadImgs(image_id)[0]
         annotations = sorted(coco.loadAnns(coco.getAnnIds(imgIds=image_id)), key=lambda a: a["id"])
@@ -100,8 +99,7 @@ def peer(path: Path) -> list[Any]:
         located.insert(place, {"objective": "neg_pred", "category": category, "box_xyxy": None})
         about = {"image": image["file_name"], "width": image["width"], "height": image["height"]}
         for objective, turns in (("loc_pred", located), ("rev_loc", reverse)):
-            records.append({"id": f"{image_id}-{objective}", **about, "objective": objective, "turns": turns})
-    return records
+            yield {"id": f"{image_id}-{objective}", **about, "objective": objective, "turns": turns}
 
 
 def digest(records: Iterable[Any]) -> str:
@@ -122,16 +120,17 @@ def digest(records: Iterable[Any]) -> str:
 
 def measure(side: str, path: Path) -> dict[str, Any]:
     """Run one side in this process."""
-    import pycocotools.coco
+    import pycocotools.coco  # noqa: F401
 
     import locvlm.data.instruct  # noqa: F401
 
     before = peak_kib()
     start, wall = time.process_time(), time.perf_counter()
-    records = {"ours": ours, "peer": peer}[side](path)
+    run = {"ours": ours, "peer": peer}[side]
+    n = sum(1 for _ in run(path))
     cpu, wall = time.process_time() - start, time.perf_counter() - wall
     peak = peak_kib() - before
-    return {"n": len(records), "cpu": cpu, "wall": wall, "mib": peak / 1024, "digest": digest(records)}
+    return {"n": n, "cpu": cpu, "wall": wall, "mib": peak / 1024, "digest": digest(run(path))}
 
 
 def peak_kib() -> int:

@@ -132,7 +132,7 @@ def _tiny() -> dict[str, Any]:
                 ],
                 "learning_rate": 1.5e-3,
                 "global_batch": 32,
-                "steps": 1000,
+                "steps": 500,
                 "warmup_ratio": 0.1,
                 "betas": [0.9, 0.98],
                 "conversations_per_image": 8,
@@ -140,6 +140,7 @@ def _tiny() -> dict[str, Any]:
             },
         },
         "cluster": {"num_workers": 2, "cpus_per_worker": 1, "checkpoint_every": 200, "log_every": 10},
+        "gate": {"must_beat_floor": ["presence/accuracy", "localization/mean_iou"]},
         "evaluation": {"temperature": 0.0, "max_new_tokens": 40, "batch_size": 64},
     }
 

@@ -25,12 +25,14 @@ log = logging.getLogger(__name__)
 EXPERIMENT = "locvlm"
 _RETRY_AFTER = 30.0  # seconds before a failed metric upload is tried again
 
-# A dead server: mlflow's own settings (5 retries, 120 s each) keep a person waiting for four minutes.
-_IMPATIENT = {
+# Used where the environment says nothing else. With mlflow's own settings a dead server keeps a person waiting for
+# four minutes; the others keep it from talking where nobody asked.
+_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -170,26 +172,25 @@ def initialise(uri: str) -> str:
         uri = f"sqlite:///{database}"
         _create_schema(database, uri)
         artifacts = (database.parent / "mlartifacts").as_uri()
+    client = connect(uri)
     with reaching(uri):
-        _experiment_id(connect(uri), artifacts)
+        _experiment_id(client, artifacts)
     return uri
 
 
 def connect(uri: str = "") -> Any:
-    """An MlflowClient for `uri`, or for MLFLOW_TRACKING_URI. Raises TrackingError when neither is set."""
+    """An MlflowClient for `uri`, or for MLFLOW_TRACKING_URI. Raises TrackingError: neither is set, or not usable."""
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         raise TrackingError(
             "opening the tracking store: MLFLOW_TRACKING_URI is not set; set it to sqlite:////absolute/path/mlflow.db "
             "or to the http address of a server"
         )
-    for name, value in _IMPATIENT.items():
-        os.environ.setdefault(name, value)
+    _settle()
     from mlflow import MlflowClient
 
-    for noisy in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with reaching(uri):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 @contextlib.contextmanager
@@ -281,6 +282,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def _settle() -> None:
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
 def _create_schema(database: Path, uri: str) -> None:
     database.parent.mkdir(parents=True, exist_ok=True)
     marker = database.with_name(f"{database.name}.schema")
@@ -289,7 +297,7 @@ def _create_schema(database: Path, uri: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if database.is_file() and database.stat().st_size and marker.is_file() and marker.read_text() == wanted:
             return
-        connect(uri)
+        _settle()
         from mlflow.db import upgrade
 
         with reaching(uri):

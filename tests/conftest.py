@@ -1,7 +1,6 @@
 """What every test may rely on: a clean environment, the real samples, the API schemas."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No variable of the caller decides a result."""
     for name in list(os.environ):
         if name.startswith(("MLFLOW_", "LOCVLM_", "KF_PIPELINES")):
             monkeypatch.delenv(name)
-    yield
 
 
 def _shared(name: str) -> Path:

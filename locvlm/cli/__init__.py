@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from locvlm import __version__
-from locvlm.cli import configuration, data, evaluation, registry, training
+from locvlm.cli import configuration, data, evaluation, launch, registry, training
 from locvlm.errors import LocVLMError
 
 
@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"locvlm {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="<verb>", required=True)
-    for group in (configuration, data, training, evaluation, registry):
+    for group in (configuration, data, training, evaluation, registry, launch):
         group.add_verbs(verbs)
     return parser
 

@@ -346,7 +346,7 @@ def refuse_if_most_skipped(path: Path, noun: str, faults: Mapping[str, int], tot
     n = sum(faults.values())
     if 2 * n <= total:
         return
-    reasons = "\n".join(f"  - {reason}: {count}" for reason, count in sorted(faults.items()) if count)
+    reasons = "\n".join(f"  - {reason}: {count}" for reason, count in Counter(faults).most_common() if count)
     raise DataError(
         f"reading {path}: {n} of {total} {noun} cannot be used\n{reasons}\n"
         "more than half is taken for a mix-up: check that it is what you meant, and that what you gave belongs together"

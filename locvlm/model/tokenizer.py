@@ -41,7 +41,7 @@ class TextEncoder:
                 )
         if tokenizer.pad_token_id == tokenizer.eos_token_id:
             raise CheckpointError(
-                f"preparing the tokenizer: its pad token is its stop token ({tokenizer.eos_token!r}), so the stop token "
+                f"preparing the tokenizer: its pad token is its stop token ({tokenizer.eos_token!r}), so it "
                 "could never be learned; set another pad token (for LLaMA: the unk token)"
             )
         if tokenizer.convert_tokens_to_ids(IMAGE) in (None, tokenizer.unk_token_id):

@@ -98,8 +98,8 @@ def train(
 ) -> Point:
     """Train to the end of the stage, from the last checkpoint if there is one; returns the last point of the curve.
 
-    `micro_batch`: samples a forward pass (0: the rank's whole share at once). Raises NonFiniteLossError before the optimizer
-    moves when the loss is not a number.
+    `micro_batch`: samples a forward pass (0: the rank's whole share at once). Raises NonFiniteLossError
+    before the optimizer moves when the loss is not a number.
     """
     total = n_steps(stage, len(data))
     own = share(stage, engine.rank, engine.world)
