@@ -41,7 +41,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument("--data", type=Path, required=True, help="a dataset folder made by `locvlm data generic`")
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.set_defaults(run=_foundation)
 
 

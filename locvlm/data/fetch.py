@@ -104,7 +104,8 @@ def _pinned(dvc_file: Path) -> dict[str, str]:
     except FileNotFoundError:
         raise DataError(f"reading {dvc_file}: there is no such file; {needed}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, IndexError) as fault:
-        raise DataError(f"reading {dvc_file}: {type(fault).__name__} {fault}; {needed}") from None
+        told = " ".join(f"{type(fault).__name__} {fault}".split())
+        raise DataError(f"reading {dvc_file}: {told}; {needed}") from None
 
 
 def _dvc(arguments: Sequence[str], folder: Path, doing: str) -> str:
