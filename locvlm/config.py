@@ -257,14 +257,38 @@ def resolve(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Experim
             faults.append(f"--set {override!r}: the value is not valid YAML")
             continue
         _set_path(merged, key.strip().split("."), value, faults)
-    try:
-        config = ExperimentConfig.model_validate(merged)
-    except ValidationError as error:
-        faults.extend(_describe(fault, merged) for fault in error.errors())
-    if faults:
+    config = _validate(merged, faults)
+    if faults or config is None:
         lines = "\n".join(f"  - {fault}" for fault in faults)
         raise ConfigError(f"resolving the configuration: {len(faults)} fault(s)\n{lines}")
     return config
+
+
+def _validate(values: dict[str, Any], faults: list[str]) -> ExperimentConfig | None:
+    """The config, or None with every fault added.
+
+    pydantic checks how values agree only where each is legal by itself: take unknown keys out and look again.
+    """
+    try:
+        return ExperimentConfig.model_validate(values)
+    except ValidationError as error:
+        found = error.errors()
+    described = [_describe(fault) for fault in found]
+    faults.extend(text for text in described if text not in faults)
+    unknown = [fault["loc"] for fault in found if fault["type"] == "extra_forbidden"]
+    rest = json.loads(json.dumps(values))
+    if [_remove(rest, place) for place in unknown].count(True):
+        _validate(rest, faults)
+    return None
+
+
+def _remove(tree: Any, place: tuple[int | str, ...]) -> bool:
+    *path, last = place
+    for key in path:
+        if not isinstance(tree, dict) or key not in tree:
+            return False  # inside a list: leave it at what was found
+        tree = tree[key]
+    return isinstance(tree, dict) and tree.pop(last, tree) is not tree
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> ExperimentConfig:
@@ -310,7 +334,7 @@ def _set_path(tree: dict[str, Any], keys: list[str], value: Any, faults: list[st
     node[keys[-1]] = value
 
 
-def _describe(fault: Any, values: Mapping[str, Any]) -> str:
+def _describe(fault: Any) -> str:
     place = [str(part) for part in fault["loc"]]
     where = ".".join(place) or "the whole"
     if fault["type"] == "extra_forbidden":

@@ -262,8 +262,7 @@ def _beats_floor(key: str, metrics: Mapping[str, Metrics]) -> GateResult:
     if figure.get("floor") is None or figure.get("low") is None:
         return GateResult("floor", key, False, f"no floor or no interval is known for it: {_shown(figure)}", numbers)
     held = figure["low"] > figure["floor"]
-    said = "lies above" if held else "does not lie above"
-    reason = f"the low end {figure['low']:.3f} of {_shown(figure)} {said} the floor"
+    reason = f"{_shown(figure)}: the low end is {'' if held else 'not '}above the floor"
     return GateResult("floor", key, held, reason, numbers)
 
 

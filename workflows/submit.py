@@ -9,6 +9,7 @@ The same in plain KFP, without any of our code (values are parsed as JSON, so a 
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,7 +87,9 @@ def _submit(args: argparse.Namespace, arguments: dict[str, Any]) -> Any:
     from urllib3.exceptions import HTTPError
 
     try:
-        connection = client.Client(host=args.endpoint, existing_token=args.token)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # "works only with KFP 2.0 and later"
+            connection = client.Client(host=args.endpoint, existing_token=args.token)
         return connection.create_run_from_pipeline_package(
             str(PACKAGE),
             arguments=arguments,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # pyarrow, numpy and Pillow are slow to import; a verb loads 
 
 _T = TypeVar("_T")
 _IDENTITY = ("dataset", "seed", "sources", "coordinates", "geometry", "options")
+_END_BYTES = 4096
 
 
 def add_verbs(verbs: "argparse._SubParsersAction[Any]") -> None:
@@ -385,12 +386,13 @@ def _sources(args: argparse.Namespace) -> list[dict[str, str]]:
         except OSError as error:
             raise DataError(f"reading --{name} {path}: {error.strerror or error}") from None
     if args.images is not None:
-        sources.append({"path": args.images.resolve().name, "fingerprint": _listing_fingerprint(args.images)})
+        sources.append({"path": args.images.resolve().name, "fingerprint": _images_fingerprint(args.images)})
     return sources
 
 
-def _listing_fingerprint(folder: Path) -> str:
-    """Of the names and sizes of all files below a folder of images: their bytes may be many gigabytes."""
+def _images_fingerprint(folder: Path) -> str:
+    """Of the name, size, first and last bytes of all files below a folder of images: all their bytes may be many
+    gigabytes, and these are what tells a file that came late, was cut short or was replaced."""
     if not folder.is_dir():
         raise DataError(f"reading --images {folder}: there is no such folder")
     digest = hashlib.sha256()
@@ -398,21 +400,34 @@ def _listing_fingerprint(folder: Path) -> str:
         folders.sort()
         for name in sorted(files):
             path = Path(place, name)
-            size = path.stat().st_size if path.exists() else -1  # a dangling link
-            digest.update(os.fsencode(path.relative_to(folder)) + f"\0{size}\0".encode())
-    return f"names-and-sizes:sha256:{digest.hexdigest()}"
+            digest.update(os.fsencode(path.relative_to(folder)) + b"\0" + _ends(path))
+    return f"names-sizes-ends:sha256:{digest.hexdigest()}"
+
+
+def _ends(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _END_BYTES))
+            last = file.read(_END_BYTES)
+            file.seek(0)
+            return f"{size}\0".encode() + file.read(_END_BYTES) + last
+    except OSError:  # a dangling link, a file that may not be read: the check of the images counts it
+        return b"unreadable\0"
 
 
 def _is_built(args: argparse.Namespace, wanted: Manifest) -> bool:
     """Whether `--output` is already what was asked for. Raises DataError when it is something else."""
     output: Path = args.output
-    if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
-        return False
-    if not (output / "manifest.json").is_file():
+    with _writing(output):
+        if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
+            return False
+        finished = (output / "manifest.json").is_file()
+    found = read_json(output / "manifest.json") if finished else None
+    if not isinstance(found, dict) or "dataset" not in found:
         raise DataError(
             f"building {output}: it exists and is not a finished data set; name another folder, or remove it yourself"
         )
-    found = read_manifest(output)
     other = [key for key in _IDENTITY if found.get(key) != wanted.to_dict()[key]]
     if other and not args.force:
         raise DataError(

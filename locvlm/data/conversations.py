@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from locvlm.data.coco import decode_json, leads_out, read_bytes, refuse_if_most_skipped, whole
 from locvlm.errors import DataError
 from locvlm.prompts import IMAGE, STOP
-from locvlm.records import BoxXYXY, Conversation, Turn, atomic_write, read_json
+from locvlm.records import BoxXYXY, Conversation, Turn, atomic_write, read_manifest
 
 ARROW_NAME = "conversations.arrow"
 LLAVA_NAME = "conversations.json"
@@ -146,8 +146,8 @@ def open_conversations(path: Path) -> ConversationFile:
     file = _find(path)
     if file.name.endswith((".json", ".json.gz")):
         return _read_llava(file)
-    manifest = file.parent / "manifest.json"
-    return ConversationFile(_map_arrow(file), file, dict(read_json(manifest)) if manifest.is_file() else None)
+    has_manifest = (file.parent / "manifest.json").is_file()
+    return ConversationFile(_map_arrow(file), file, read_manifest(file.parent) if has_manifest else None)
 
 
 def llava_record(conversation: Conversation, text_turns: Sequence[tuple[str, str]]) -> dict[str, Any]:

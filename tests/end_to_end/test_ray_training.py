@@ -12,10 +12,10 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny import World, build_world
 
 from locvlm.config import dump_config, resolve
 from locvlm.training.ray_train import local_head
+from tests.tiny import World, build_world
 
 STEPS = 20
 

@@ -136,7 +136,8 @@ def test_a_model_that_does_not_beat_its_floor_stays_a_challenger(tmp_path: Path)
     assert not decision.promoted
     assert champion("floor") == ""
     with pytest.raises(
-        GateError, match=r"floor gate, coco-spatial/accuracy: the low end 0\.300 of 0\.600 .*floor 0\.5"
+        GateError,
+        match=r"floor gate, coco-spatial/accuracy: 0\.600 \[0\.300, .*, floor 0\.500: the low end is not above",
     ):
         decision.check()
 
@@ -212,7 +213,7 @@ def test_the_command_line_registers_and_gates(tmp_path: Path, capsys: pytest.Cap
     assert "floor gate, coco-spatial/accuracy" in capsys.readouterr().out
     decision.unlink()
     assert main(gate) == 2
-    assert "floor gate, coco-spatial/accuracy: the low end 0.100" in capsys.readouterr().err
+    assert "floor gate, coco-spatial/accuracy: 0.500 [0.100, 0.900]" in capsys.readouterr().err
     assert json.loads(decision.read_text())["promoted"] is False
 
 

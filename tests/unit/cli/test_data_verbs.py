@@ -101,10 +101,8 @@ def test_two_builds_are_byte_identical_and_a_gzipped_source_gives_the_same_conve
 
 
 def test_presets_files_and_overrides_choose_grouping_coordinates_and_seed(tmp_path: Path, coco: Path) -> None:
-    tiny = tmp_path / "tiny"
-    assert (
-        data("localize-instruct", "--annotations", coco, "--output", tiny, "--preset", "tiny", "--set", "seed=9") == 0
-    )
+    tiny, command = tmp_path / "tiny", ["localize-instruct", "--annotations", coco]
+    assert data(*command, "--output", tiny, "--preset", "tiny", "--set", "seed=9") == 0
     found = manifest(tiny)
     assert found["counts"]["conversations"] == 46 + 20 + 46
     assert (found["coordinates"]["n_bins"], found["geometry"]["side"], found["seed"]) == (48, 48, 9)
@@ -162,6 +160,9 @@ def test_a_folder_or_file_that_is_no_data_set_is_never_replaced_not_even_with_fo
         error = refused(capsys, output, "localize-instruct", "--annotations", coco, *force)
         assert "not a finished data set" in error
         assert "not a finished data set" in refused(capsys, coco, "coco-spatial", "--annotations", coco, *force)
+        (output / "manifest.json").write_text("[]")
+        assert "not a finished data set" in refused(capsys, output, "coco-spatial", "--annotations", coco, *force)
+        (output / "manifest.json").unlink()
     assert (output / "chapter1.txt").read_text() == "years of work"
 
 
