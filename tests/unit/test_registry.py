@@ -33,7 +33,7 @@ def make_model(folder: Path, weights: str, *overrides: str) -> Path:
     folder.mkdir()
     (folder / "model.safetensors").write_text(weights)
     (folder / "config.json").write_text("{}")
-    (folder / "locvlm.yaml").write_text(dump_config(preset("tiny", overrides)))
+    (folder / "locvlm.yaml").write_text(dump_config(preset("tiny", ["gate.must_beat_floor=[]", *overrides])))
     write_json(folder / "receipt.json", {"stage": "instruct", "parent": "align", "steps": 7, "data": {"generic": "g"}})
     return folder
 
@@ -70,7 +70,7 @@ def test_a_version_carries_its_lineage_its_figures_and_its_files(tmp_path: Path)
     version = client.get_model_version("lineage", made.version)
     assert version.tags["git"] == "abc"
     assert version.tags["data"] == "md5"
-    assert version.tags["config"] == preset("tiny").fingerprint()
+    assert version.tags["config"] == preset("tiny", ["gate.must_beat_floor=[]"]).fingerprint()
     assert version.tags["fingerprint"] == fingerprint(model)
     assert version.tags["places"] == "ivb-48-squash"
     assert version.tags["figure/coco-spatial/accuracy"] == "0.750 [0.600, 0.900], n 4, floor 0.500"
