@@ -187,7 +187,9 @@ def check_images(
 ) -> tuple[list[ImageRecord], Counter[str]]:
     """Decode the file of every image in `folder`; returns the images that are sound, and reason -> number of others.
 
-    `on_done` is called after each file. Raises DataError when `folder` is no folder, or more than half are not sound.
+    A folder may hold a part of the images only: a missing file is a counted skip. `on_done` is called after each file.
+    Raises DataError when `folder` is no folder, when none of its files is sound, or when more than half of the files that
+    are there do not fit.
     """
     if not folder.is_dir():
         raise DataError(f"checking the images in {folder}: there is no such folder; needed is the folder of the images")
@@ -200,7 +202,13 @@ def check_images(
             else:
                 sound.append(image)
             on_done()
-    refuse_if_most_skipped(folder, "image files", skipped, len(images))
+    there = {fault: n for fault, n in skipped.items() if fault != _MISSING_FILE}
+    refuse_if_most_skipped(folder, "image files", there, len(images) - skipped[_MISSING_FILE])
+    if images and not sound:
+        raise DataError(
+            f"checking the images in {folder}: it holds none of the {len(images)} images that the annotations name "
+            f"(the first is {images[0].file_name}); give the folder that their file names are relative to"
+        )
     return sound, skipped
 
 

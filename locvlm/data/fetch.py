@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def fetch_dvc(dvc_file: Path, remote: str = "") -> dict[str, Any]:
     pinned, folder = _pinned(dvc_file), dvc_file.absolute().parent
     target = folder / pinned["path"]
     compare = (["status", "--json", dvc_file.name], folder, f"comparing {target} with {dvc_file}")
-    pulled = json.loads(_dvc(*compare) or "{}") != {}
+    pulled = not target.exists() or json.loads(_dvc(*compare) or "{}") != {}
     if pulled:
         source = f" from {remote}" if remote else ""
         _dvc(["pull", dvc_file.name], folder, f"pulling {pinned['md5']}, which {dvc_file} pins,{source} into {target}")
@@ -110,8 +111,11 @@ def _pinned(dvc_file: Path) -> dict[str, str]:
 
 def _dvc(arguments: Sequence[str], folder: Path, doing: str) -> str:
     program = shutil.which("dvc") or str(Path(sys.executable).with_name("dvc"))
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
     try:
-        done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [program, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
     except OSError as fault:
         raise DataError(f"{doing}: the command `dvc` cannot be run ({fault}); pip install 'dvc[s3]'") from None
     if done.returncode:

@@ -330,10 +330,19 @@ def test_missing_damaged_and_misfitting_image_files_are_counted(tmp_path: Path) 
     assert len(steps) == 9
 
 
-def test_a_folder_without_most_of_the_images_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_a_part_of_the_images_serves_that_part(tmp_path: Path, realdata: Path) -> None:
+    folder = realdata / "coco_images" / "train2017"
+    instances = read_instances(realdata / "coco_annotations" / "coco128_instances_train2017.json")
+    sound, skipped = check_images(instances.images, folder)
+    assert (len(sound), skipped) == (27, {"image file that is missing": 101})
+
+
+def test_a_folder_of_other_or_mostly_broken_images_is_refused(tmp_path: Path) -> None:
     records = pictures(tmp_path)
-    with pytest.raises(DataError, match=r"4 of 7 image files cannot be used\n.*does not decode: 2"):
-        check_images(records[1:8], tmp_path)
+    with pytest.raises(DataError, match=r"3 of 4 image files cannot be used\n.*does not decode: 2"):
+        check_images([records[1], records[3], records[5], records[7], records[0]], tmp_path)
+    with pytest.raises(DataError, match="it holds none of the 1 images"):
+        check_images(records[1:2], tmp_path)
     with pytest.raises(DataError, match="no such folder"):
         check_images(records, tmp_path / "none")
 
