@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from tests.conftest import REPOSITORY
 
 ROOTS = ("", "locvlm/", "tests/", "k8s/", "docs/")
