@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+DVC    := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc
 # a folder of wheels that pip is configured with holds for uv too
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export UV_COMPILE_BYTECODE ?= 1
@@ -29,7 +30,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	fi
 	@touch $@
 
-demo: setup ## run the whole pipeline on this machine: data, training, evaluation, registry, report
+demo: setup $(if $(DATA),,data) ## run the whole pipeline on this machine: data, training, evaluation, registry, report
 	@$(BIN)/python -m workflows.run_local $(DEMO_ARGS)
 
 test: setup ## run the tests
@@ -47,7 +48,8 @@ format: setup ## rewrite the files as `make check` wants them
 
 data: setup ## draw the demo scenes that data.dvc pins and put them into the local DVC remote
 	@$(BIN)/locvlm data scenes --output data/scenes --seed 0 --n-train 6000 --n-test 800
-	@PATH="$(abspath $(BIN)):$$PATH" dvc commit --quiet --force data.dvc && PATH="$(abspath $(BIN)):$$PATH" dvc push --quiet && PATH="$(abspath $(BIN)):$$PATH" dvc status
+	@$(DVC) status --quiet data.dvc || { echo "data/ is not what data.dvc pins: \`dvc diff\` shows what changed" >&2; exit 1; }
+	@$(DVC) commit --quiet --force data.dvc && $(DVC) push --quiet && $(DVC) status
 
 ui: setup ## open MLflow on the runs of make demo (http://127.0.0.1:5000)
 	@$(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath runs/mlflow.db) --host 127.0.0.1 --port 5000

@@ -188,8 +188,8 @@ def check_images(
     """Decode the file of every image in `folder`; returns the images that are sound, and reason -> number of others.
 
     A folder may hold a part of the images only: a missing file is a counted skip. `on_done` is called after each file.
-    Raises DataError when `folder` is no folder, when none of its files is sound, or when more than half of the files that
-    are there do not fit.
+    Raises DataError when `folder` is no folder, when none of its files is sound, or when more than half of the files
+    that are there do not fit.
     """
     if not folder.is_dir():
         raise DataError(f"checking the images in {folder}: there is no such folder; needed is the folder of the images")

@@ -194,20 +194,34 @@ def test_a_config_is_flattened_to_text() -> None:
     }
 
 
+RACE = """
+import multiprocessing
+import mlflow
+from locvlm import tracking
+
+def work(name, gate):
+    gate.wait()
+    with tracking.start_stage(name, "", {"a": 1}, {}) as run:
+        for step in range(20):
+            run.log_metrics({"loss": step}, step)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    gate = context.Barrier(3)
+    started = [context.Process(target=work, args=(name, gate)) for name in "abc"]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    raise SystemExit(max(process.exitcode for process in started))
+"""
+
+
 def test_three_processes_may_make_the_same_new_store(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    code = (
-        "import sys\nfrom locvlm import tracking\n"
-        "with tracking.start_stage(sys.argv[1], '', {'a': 1}, {}) as run:\n"
-        "    for step in range(20):\n        run.log_metrics({'loss': step}, step)\n"
-    )
     environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, name], env=environment, stderr=subprocess.PIPE, text=True)
-        for name in "abc"
-    ]
-    for process in started:
-        assert process.wait(120) == 0, process.stderr and process.stderr.read()
+    done = subprocess.run([sys.executable, "-c", RACE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     client = tracking.connect(uri)
     runs = client.search_runs([client.get_experiment_by_name("locvlm").experiment_id])
     assert sorted(run.info.run_name for run in runs) == ["a", "b", "c"]
