@@ -149,7 +149,7 @@ def promote(name: str, version: str, compare: Compare) -> Decision:
     gate = GateConfig.model_validate_json(found.tags.get("gate", "{}"))
     gates = [_beats_floor(figure, metrics) for figure in gate.must_beat_floor]
     comparison = "no champion"
-    if champion is not None and champion.version == found.version:
+    if champion is not None and str(champion.version) == str(found.version):
         comparison = "is champion already"
     elif champion is None:
         gates.append(_is_measured(gate.primary, metrics))

@@ -285,7 +285,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _settle() -> None:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    for noisy in ("alembic", "mlflow.store.db.utils"):
+    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

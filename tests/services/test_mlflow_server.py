@@ -77,7 +77,8 @@ def test_a_model_is_registered_and_promoted_through_the_server(
     decision = registry.promote("served", made.version, lambda *_: (0.0, 0.0, 0.0))
     assert decision.promoted
     client = tracking.connect()
-    assert client.get_registered_model("served").aliases == {"champion": 1, "challenger": 2}
+    aliases = client.get_registered_model("served").aliases
+    assert {alias: str(version) for alias, version in aliases.items()} == {"champion": "1", "challenger": "2"}
     assert client.get_run(made.run_id).info.artifact_uri.startswith("mlflow-artifacts:/")
     stored = Path(client.download_artifacts(made.run_id, "model", str(tmp_path)))
     assert (stored / "model.safetensors").read_bytes() == b"weights"

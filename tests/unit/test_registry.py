@@ -74,7 +74,7 @@ def test_a_version_carries_its_lineage_its_figures_and_its_files(tmp_path: Path)
     assert version.tags["fingerprint"] == fingerprint(model)
     assert version.tags["places"] == "ivb-48-squash"
     assert version.tags["figure/coco-spatial/accuracy"] == "0.750 [0.600, 0.900], n 4, floor 0.500"
-    assert client.get_registered_model("lineage").aliases == {"challenger": int(made.version)}
+    assert str(client.get_registered_model("lineage").aliases["challenger"]) == made.version
     stored = Path(client.download_artifacts(made.run_id, "model", str(tmp_path)))
     assert (stored / "model.safetensors").read_text() == "weights"
     assert client.get_run(made.run_id).data.metrics == {"coco-spatial/accuracy": 0.75}
