@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--captions", type=Path, metavar="FILE", help="with --data: COCO captions of the same images")
     parser.add_argument("--n-train", type=int, default=6000, metavar="N", help="scenes to train on (%(default)s)")
     parser.add_argument("--n-test", type=int, default=800, metavar="N", help="scenes to ask about (%(default)s)")
-    parser.add_argument("--questions", type=int, default=1000, metavar="N", help="questions of a task (default: %(default)s; 0: all)")
+    parser.add_argument(
+        "--questions", type=int, default=1000, metavar="N", help="questions of a task (default: %(default)s; 0: all)"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--scenes", type=Path, default=Path("data/scenes"), metavar="DIR", help="default: %(default)s")
     return parser
