@@ -723,6 +723,15 @@ def test_the_jobs_own_deadline_holds_when_none_is_given(cluster: Cluster) -> Non
     assert cluster.jobs == {}
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts what it puts into the background with SIGINT ignored; these tests are about one that is heard."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_cancelled_launch_deletes_its_job(cluster: Cluster, number: signal.Signals) -> None:
     cluster.script = [RUNNING]
