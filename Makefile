@@ -48,7 +48,7 @@ format: setup ## rewrite the files as `make check` wants them
 
 data: setup ## draw the demo scenes that data.dvc pins and put them into the local DVC remote
 	@$(BIN)/locvlm data scenes --output data/scenes --seed 0 --n-train 6000 --n-test 800
-	@$(DVC) status --quiet data.dvc || { echo "data/ is not what data.dvc pins: \`dvc diff\` shows what changed" >&2; exit 1; }
+	@! $(DVC) status --json data.dvc | grep -q '"modified"' || { echo "data/ is not what data.dvc pins; move it away and run this again" >&2; exit 1; }
 	@$(DVC) commit --quiet --force data.dvc && $(DVC) push --quiet && $(DVC) status
 
 ui: setup ## open MLflow on the runs of make demo (http://127.0.0.1:5000)
