@@ -30,8 +30,13 @@ class Section(BaseModel):
 class CoordinateConfig(Section):
     """How a place is written in text (paper, section 3.2)."""
 
-    representation: Literal["ivb", "nfp", "diga"] = "ivb"
-    n_bins: int = Field(224, ge=2, le=10_000, description="bins an axis (IVB, DIGA); labels 0..n_bins are grid lines")
+    representation: Literal["ivb", "nfp", "diga", "patches"] = Field(
+        "ivb", description="patches: the location tokens of Kosmos-2, which our own models do not have"
+    )
+    n_bins: int = Field(
+        224, ge=2, le=10_000, description="bins an axis (IVB, DIGA; labels 0..n_bins are grid lines); patches: a side"
+    )
+    decimals: int = Field(4, ge=1, le=6, description="of a fraction (NFP); the paper's 4, Shikra's 3, LLaVA-1.5's 2")
     patch: int = Field(14, ge=1, description="side of a DIGA anchor in bins; n_bins must be a multiple")
     location: Literal["bbox", "point"] = "bbox"
     diga_sign: Literal["signed", "unsigned_paper"] = "signed"
@@ -48,7 +53,7 @@ class CoordinateConfig(Section):
 class GeometryConfig(Section):
     """How an image becomes the square that the vision tower sees; boxes follow the same map."""
 
-    kind: Literal["squash", "letterbox", "crop"] = "squash"
+    kind: Literal["squash", "letterbox", "letterbox_white", "crop"] = "squash"
     side: int = Field(224, ge=8, le=4096, description="side of the network's input in pixels")
 
 
@@ -57,6 +62,7 @@ class PromptConfig(Section):
 
     system: str = SYSTEM
     clean_templates: bool = Field(False, description="mend the typos of the paper's templates")
+    video_word: Literal["image", "video"] = Field("image", description="what the templates call a video")
     answer_convention: Literal["natural", "icl_example"] = "natural"
 
 
@@ -118,6 +124,21 @@ class LanguageConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank updates beside frozen linear layers of the language model, in the stages that train it. The defaults are
+    LLaVA's recipe; with it go a learning rate of 2e-4 and, for the adapter, of 2e-5."""
+
+    rank: int = Field(128, ge=1)
+    alpha: float = Field(256, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
+    base: Literal["full", "4bit"] = Field(
+        "full", description="4bit: the frozen layers as NF4 while training (QLoRA; needs bitsandbytes)"
+    )
+
+
 class ModelConfig(Section):
     """Vision tower -> adapter -> language model."""
 
@@ -125,6 +146,7 @@ class ModelConfig(Section):
     adapter: Literal["linear", "mlp"] = "linear"
     vision: VisionConfig = VisionConfig()
     language: LanguageConfig = LanguageConfig()
+    lora: LoraConfig | None = Field(None, description="null: the language model trains whole")
 
 
 class MixtureEntry(Section):
@@ -143,6 +165,7 @@ class StageConfig(Section):
     format: Literal["plain", "chat"] = Field("chat", description="plain: '<image>caption\\n'; chat: USER/ASSISTANT")
     mixture: tuple[MixtureEntry, ...] = Field((), description="empty: all conversations of all sources alike")
     learning_rate: float = Field(2e-5, gt=0)
+    adapter_learning_rate: float | None = Field(None, gt=0, description="the adapter's own; null: as the rest")
     global_batch: int = Field(64, ge=1, description="samples a step, all workers and accumulation together")
     epochs: float | None = Field(None, gt=0)
     steps: int | None = Field(None, ge=1)
@@ -153,6 +176,9 @@ class StageConfig(Section):
     clip_norm: float = Field(1.0, gt=0)
     conversations_per_image: int = Field(
         0, ge=0, description="0: a sample is one conversation; k: an image with k conversations behind one image prefix"
+    )
+    group_by_length: bool = Field(
+        False, description="conversations of like length in one batch (with conversations_per_image 0): less padding"
     )
     precision: Literal["fp32", "bf16"] = "bf16"
 
@@ -169,6 +195,10 @@ class VideoConfig(Section):
     n_frames: int = Field(100, ge=1)
     token_order: Literal["temporal_spatial", "spatial_temporal"] = "temporal_spatial"
     frame_sampling: Literal["vcgpt", "segment_centre"] = "vcgpt"
+    short_videos: Literal["fewer", "repeat"] = Field(
+        "fewer", description="a video with about as few frames as n_frames: every frame once, or as frame_sampling says"
+    )
+    pad: bool = Field(False, description="zero rows for missing temporal tokens, so that all videos have as many")
 
 
 class StagesConfig(Section):
@@ -183,10 +213,42 @@ class ClusterConfig(Section):
     """How a stage is spread over machines."""
 
     num_workers: int = Field(8, ge=0, description="Ray Train workers; 0: train in this process, without Ray")
+    min_workers: int = Field(
+        0, ge=0, description="0: always num_workers; else the run is elastic: it goes on with any number from here up"
+    )
     cpus_per_worker: float = Field(8, gt=0)
     max_failures: int = Field(2, ge=0, description="restarts of the worker group before the stage fails")
     checkpoint_every: int = Field(500, ge=1, description="steps")
     log_every: int = Field(10, ge=1, description="steps")
+    validate_every: int = Field(500, ge=1, description="steps between looks at the held-out data, where it is given")
+    validate_samples: int = Field(256, ge=1, description="conversations of each held-out set whose loss is measured")
+    validate_questions: int = Field(64, ge=0, description="questions of each kind and held-out set that are asked")
+    keep_best: Literal["last", "loss", "loc_iou", "loc_acc50", "neg_accuracy", "spatial_accuracy"] = Field(
+        "last", description="the weights that become the output: the final ones, or the best by a validation figure"
+    )
+    engine: Literal["ddp", "zero1", "zero2", "zero3"] = Field(
+        "ddp",
+        description="plain DistributedDataParallel, or DeepSpeed: ZeRO spreads optimizer states (1), gradients "
+        "(2) and weights (3) over the workers",
+    )
+    offload: bool = Field(False, description="ZeRO: optimizer states in the memory of the host")
+    micro_batch: int = Field(
+        0, ge=0, description="samples a forward pass and worker (0: all at once); accumulation follows from it"
+    )
+    loader_threads: int = Field(4, ge=0, description="threads a worker that make samples ahead; 0: none")
+    attention: Literal["auto", "sdpa", "flex"] = Field(
+        "auto",
+        description="kernel of packed samples: flex (GPU only) skips what the block mask hides; auto: flex on GPUs",
+    )
+    recompute: bool = Field(False, description="activation checkpointing: less memory, a third more work")
+
+    @model_validator(mode="after")
+    def _workers_agree(self) -> Self:
+        if self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than num_workers {self.num_workers}")
+        if self.offload and self.engine == "ddp":
+            raise ValueError("offload needs a ZeRO engine; set engine to zero1, zero2 or zero3")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -198,9 +260,31 @@ class EvaluationConfig(Section):
     seed: int = 0
 
 
+class FamilyConfig(Section):
+    """How a model is asked that was not trained here; it lies beside the answers. `{}` parts of the templates are
+    filled in, `<image>` is where the image goes.
+
+    A prompt that begins as `loc_pred` or `rev_loc` do is whole; any other becomes a turn by `question`.
+    """
+
+    family: str = Field(description="llava-v1.5, shikra, blip-2, ...; else the model_type of its config.json")
+    layout: str = Field("{turn}", description="the text around the user's {turn}")
+    question: str = Field("<image>\n{question}", description="a turn that asks a {question}")
+    short_question: str = Field("", description="the same where a short answer is wanted; empty: `question`")
+    loc_pred: str = Field("", description="a turn that asks for the place of {description}; empty: the paper's words")
+    rev_loc: str = Field("", description="a turn that asks what is at {loc}; empty: the paper's words")
+    coordinates: CoordinateConfig | None = Field(None, description="how it writes places; None: nothing says so")
+    geometry: GeometryConfig | None = Field(None, description="None: the pixels are made otherwise, see `pixels`")
+    pixels: str = Field("", description="what prepares its images where `geometry` does not say it")
+    video: VideoConfig | None = Field(None, description="how it takes videos; None: images only")
+    prompts: PromptConfig = PromptConfig(system="")
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
 class GateConfig(Section):
-    """What a model must show before it becomes champion: no gated figure may fall below its floor, and `primary` must
-    not be worse than the champion's by more than `tolerance`. Figures are written `task/figure`."""
+    """What a model must show before it becomes champion: every gated figure lies above its floor, and the low end of
+    the interval of `primary`'s difference to the champion at -`tolerance` or above (0: as good at least; an identical
+    model holds). Figures are written `task/figure`."""
 
     primary: str = "coco-spatial/accuracy"
     must_beat_floor: tuple[str, ...] = ()
@@ -230,6 +314,12 @@ class ExperimentConfig(Section):
             faults.append(
                 f"geometry.side {self.geometry.side} differs from model.vision.image_side "
                 f"{self.model.vision.image_side}; set both"
+            )
+        lora = self.model.lora
+        if lora is not None and lora.base == "4bit" and self.cluster.engine != "ddp":
+            faults.append(
+                f"model.lora.base is 4bit, which cluster.engine {self.cluster.engine} cannot spread; set "
+                "cluster.engine to ddp or model.lora.base to full"
             )
         if (self.stages.video is None) != (self.video is None):
             faults.append("stages.video and video belong together: set both or none")
@@ -312,6 +402,8 @@ def dump_config(config: ExperimentConfig) -> str:
 
 
 def _parse_scalar(text: str) -> Any:
+    if not text.strip():
+        return ""  # YAML reads nothing as null; `--set a.b=` means the empty string
     value = yaml.safe_load(text)
     if isinstance(value, str):  # YAML 1.1 reads 2e-5 as a string
         try:

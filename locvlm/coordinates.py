@@ -7,6 +7,8 @@ A codec turns a box or a point in float pixels of an image of `width` x `height`
     NFP   fractions          (0.0195,0.2344,0.0586,0.2832)
     DIGA  anchor, deviation  (0,4,-3,-11,6,0)
 
+and, for other people's models, PatchTokens, the location tokens of Kosmos-2.
+
 Encoding clips to the image. Every text that a codec writes comes back to itself: encode(decode(text)) == text (the
 unsigned form of DIGA, which the paper prints, is the one exception).
 
@@ -38,6 +40,9 @@ _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:[0-9]++(?:\.[0-9]++)?|\.[0-9]++)(?!\w|\
 _BRACKETED = re.compile(r"[(\[]([^()\[\]]*+)[)\]]")
 _SEPARATOR = re.compile(r"\s*[,;]\s*|\s+")
 _BARE_SEPARATORS = ((",", ";"), ("",))
+_PATCH = re.compile(r"<patch_index_([0-9]{1,9})>")
+_PATCH_PAIR = re.compile(rf"{_PATCH.pattern}\s*{_PATCH.pattern}")
+_EDGE = 1e-9  # of a patch: what lies on an edge must not fall off it by rounding
 
 
 class Codec(ABC):
@@ -122,19 +127,22 @@ class IVB(Codec):
 class NFP(Codec):
     """Normalised floating point (section 3.2): x / width with exactly four decimals, 0.0000 to 1.0000.
 
-    Decoding is off by at most width * 5e-5.
+    Decoding is off by at most width * 5e-5. `decimals`: 3 in Shikra's text, 2 in that of LLaVA-1.5.
     """
 
+    decimals: int = field(default=4, kw_only=True)
     brackets: str = field(default="()", kw_only=True)
     separator: str = field(default=",", kw_only=True)
 
     def __post_init__(self) -> None:
         _check_style(self.brackets, self.separator)
+        if self.decimals < 1:
+            raise ConfigError(f"making the NFP codec: decimals is {self.decimals}, it must be 1 or more")
 
     def encode_box(self, box_xyxy: Sequence[float], width: float, height: float) -> str:
         """See Codec."""
         x1, y1, x2, y2, w, h = _checked_box(box_xyxy, width, height)
-        return self.join((f"{x1 / w:.4f}", f"{y1 / h:.4f}", f"{x2 / w:.4f}", f"{y2 / h:.4f}"))
+        return self.join([f"{fraction:.{self.decimals}f}" for fraction in (x1 / w, y1 / h, x2 / w, y2 / h)])
 
     def decode_box(self, text: str, width: float, height: float) -> BoxXYXY | None:
         """See Codec."""
@@ -144,7 +152,7 @@ class NFP(Codec):
     def encode_point(self, point_xy: Sequence[float], width: float, height: float) -> str:
         """See Codec."""
         x, y, w, h = _checked_point(point_xy, width, height)
-        return self.join((f"{x / w:.4f}", f"{y / h:.4f}"))
+        return self.join([f"{fraction:.{self.decimals}f}" for fraction in (x / w, y / h)])
 
     def decode_point(self, text: str, width: float, height: float) -> PointXY | None:
         """See Codec."""
@@ -230,11 +238,79 @@ class DIGA(Codec):
         return self.join((p, q, *deviations))
 
 
+@dataclass(frozen=True)
+class PatchTokens(Codec):
+    """Kosmos-2's location tokens: the image is a grid of n_side x n_side patches, numbered row by row, and a box is the
+    tokens of its first and its last patch, `<patch_index_0044><patch_index_0863>`; a point is the token of its patch.
+
+    Decoding is that of Kosmos-2: the centres of the two patches, or their outer edges when they share a row or column.
+    It is off by at most a patch. Raises ConfigError for n_side < 1.
+    """
+
+    n_side: int = 32
+
+    box_names = ("first", "last")
+    point_names = ("patch",)
+    brackets = "()"
+    separator = ","
+
+    def __post_init__(self) -> None:
+        if self.n_side < 1:
+            raise ConfigError(f"making the patch codec: n_side is {self.n_side}, it must be 1 or more")
+
+    def encode_box(self, box_xyxy: Sequence[float], width: float, height: float) -> str:
+        """See Codec."""
+        x1, y1, x2, y2, w, h = _checked_box(box_xyxy, width, height)
+        left, top = self._patch(x1 / w), self._patch(y1 / h)
+        # a box that ends on an edge does not reach into the next patch
+        right = max(left, math.ceil(self.n_side * x2 / w - _EDGE) - 1)
+        bottom = max(top, math.ceil(self.n_side * y2 / h - _EDGE) - 1)
+        return self._token(left, top) + self._token(right, bottom)
+
+    def decode_box(self, text: str, width: float, height: float) -> BoxXYXY | None:
+        """See Codec. None also for a number that is no patch of the grid."""
+        match = _PATCH_PAIR.search(text)
+        if match is None:
+            return None
+        first, last = self._place(match[1]), self._place(match[2])
+        if first is None or last is None:
+            return None
+        inset = 0.0 if first[0] == last[0] or first[1] == last[1] else 0.5
+        left, right = sorted((first[0], last[0]))
+        top, bottom = sorted((first[1], last[1]))
+        corners = (left + inset, top + inset, right + 1 - inset, bottom + 1 - inset)
+        return _place_box(corners, self.n_side, width, height)
+
+    def encode_point(self, point_xy: Sequence[float], width: float, height: float) -> str:
+        """See Codec."""
+        x, y, w, h = _checked_point(point_xy, width, height)
+        return self._token(self._patch(x / w), self._patch(y / h))
+
+    def decode_point(self, text: str, width: float, height: float) -> PointXY | None:
+        """See Codec: the centre of the first patch that is named."""
+        match = _PATCH.search(text)
+        place = None if match is None else self._place(match[1])
+        return None if place is None else _place_point((place[0] + 0.5, place[1] + 0.5), self.n_side, width, height)
+
+    def _patch(self, fraction: float) -> int:
+        return min(math.floor(self.n_side * fraction + _EDGE), self.n_side - 1)
+
+    def _token(self, column: int, row: int) -> str:
+        return f"<patch_index_{row * self.n_side + column:04d}>"
+
+    def _place(self, digits: str) -> tuple[int, int] | None:
+        """(column, row) of a patch."""
+        number = int(digits)
+        return (number % self.n_side, number // self.n_side) if number < self.n_side**2 else None
+
+
 def make_codec(config: "CoordinateConfig") -> Codec:
     """The codec that a coordinate configuration names."""
     brackets, separator = config.brackets, config.separator
+    if config.representation == "patches":
+        return PatchTokens(config.n_bins)
     if config.representation == "nfp":
-        return NFP(brackets=brackets, separator=separator)
+        return NFP(decimals=config.decimals, brackets=brackets, separator=separator)
     if config.representation == "diga":
         return DIGA(config.n_bins, config.patch, sign=config.diga_sign, brackets=brackets, separator=separator)
     return IVB(config.n_bins, brackets=brackets, separator=separator)

@@ -1,8 +1,9 @@
 """Pixels <-> network pixels: one object maps the image and its boxes, so that they cannot disagree.
 
-    squash     resize to side x side, aspect ratio ignored (default; the geometry of the paper's formula n_b * x / W)
-    letterbox  pad to a square with CLIP's mean colour, then resize
-    crop       short side to `side`, then the central square, as CLIP does (LLaVA v1); loses what lies outside
+    squash           resize to side x side, aspect ratio ignored (default; the paper's formula n_b * x / W)
+    letterbox        pad to a square with CLIP's mean colour, then resize (LLaVA-1.5)
+    letterbox_white  the same with white (Shikra)
+    crop             short side to `side`, then the central square, as CLIP does (LLaVA v1); loses what lies outside
 
 A checkpoint is trained and evaluated with one geometry. There is no flip or other augmentation, because left and right
 are words here, and no EXIF transpose, because COCO annotates the stored pixels.
@@ -19,9 +20,10 @@ from locvlm.config import GeometryConfig
 from locvlm.errors import ConfigError, DataError
 from locvlm.records import BoxXYXY
 
-Kind = Literal["squash", "letterbox", "crop"]
+Kind = Literal["squash", "letterbox", "letterbox_white", "crop"]
 
 CLIP_MEAN_COLOUR = (122, 116, 104)  # int(255 * CLIP's mean), as LLaVA-1.5 pads
+_PADDING = {"letterbox": CLIP_MEAN_COLOUR, "letterbox_white": (255, 255, 255)}
 MIN_VISIBLE = 0.5  # share of a box's area that has to survive the crop
 
 _MAX_SIDE = 1e9  # pixels; far above any image, far below an overflow
@@ -48,10 +50,15 @@ class ImageGeometry:
         Raises DataError when the pixels cannot be read (a file cut short).
         """
         rgb = to_rgb(image)
-        if self.kind == "letterbox":
+        if self.kind in _PADDING:
             square = max(rgb.size)
             left, top = _pad_offset(*rgb.size)
-            canvas = Image.new("RGB", (square, square), CLIP_MEAN_COLOUR)
+            width = square
+            if rgb.width == square:
+                # resizing begins along the rows, and a row of one colour stays what it is: pad only afterwards
+                width = self.side
+                rgb = rgb.resize((width, rgb.height), Image.Resampling.BICUBIC)
+            canvas = Image.new("RGB", (width, square), _PADDING[self.kind])
             canvas.paste(rgb, (left, top))
             rgb = canvas
         if self.kind != "crop":
@@ -100,7 +107,7 @@ class ImageGeometry:
         """Network pixel = original pixel * scale + shift: (scale_x, scale_y, shift_x, shift_y)."""
         if self.kind == "squash":
             return self.side / width, self.side / height, 0.0, 0.0
-        if self.kind == "letterbox":
+        if self.kind in _PADDING:
             scale = self.side / max(width, height)
             left, top = _pad_offset(int(width), int(height))
             return scale, scale, left * scale, top * scale
@@ -126,6 +133,20 @@ def make_geometry(config: GeometryConfig) -> ImageGeometry:
     return ImageGeometry(config.kind, config.side)
 
 
+def box_iou(first: BoxXYXY, second: BoxXYXY) -> float:
+    """Intersection over union of two (x1, y1, x2, y2) boxes in the same units; 0 when both are empty."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    overlap = max(0.0, width) * max(0.0, height)
+    union = _area(first) + _area(second) - overlap
+    return overlap / union if union > 0 else 0.0
+
+
+def inside(point: tuple[float, float], box: BoxXYXY) -> bool:
+    """Whether the point (x, y) lies in the box, border included."""
+    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as RGB: 16-bit greyscale is scaled to 8 bits, transparency is dropped as LLaVA does.
 
@@ -145,7 +166,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("LA")
     elif "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _pad_offset(width: int, height: int) -> tuple[int, int]:

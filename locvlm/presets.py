@@ -36,8 +36,11 @@ def _locvlm_b() -> dict[str, Any]:
                 "global_batch": 64,
                 "epochs": 10,
                 "warmup_ratio": 0.3,
+                "group_by_length": True,
             },
         },
+        # 16 bytes a parameter do not fit 80 GB: LLaVA trains with ZeRO and recomputes activations too
+        "cluster": {"engine": "zero2", "recompute": True},
     }
 
 
@@ -139,16 +142,36 @@ def _tiny() -> dict[str, Any]:
                 "precision": "bf16",
             },
         },
-        "cluster": {"num_workers": 2, "cpus_per_worker": 1, "checkpoint_every": 200, "log_every": 10},
+        "cluster": {
+            "num_workers": 2,
+            "cpus_per_worker": 1,
+            "checkpoint_every": 200,
+            "log_every": 10,
+            "loader_threads": 0,
+        },
         "gate": {"must_beat_floor": ["presence/accuracy", "localization/mean_iou"]},
         "evaluation": {"temperature": 0.0, "max_new_tokens": 40, "batch_size": 64},
     }
 
 
+def _plus_llava_instruct(name: str, base: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`base` with LLaVA-Instruct-80K in stage 2, which the paper leaves open ("primarily" Localize-Instruct-200K). The
+    weights are the numbers of conversations, so that an epoch has each once; `base` alone is the literal reading."""
+    values = base()
+    values["name"] = name
+    values["stages"]["instruct"]["mixture"] = [
+        {"source": "localize", "weight": 191_798},
+        {"source": "llava", "weight": 80_000},
+    ]
+    return values
+
+
 PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
     "tiny": _tiny,
     "locvlm-b": _locvlm_b,
+    "locvlm-b-plus-llava": lambda: _plus_llava_instruct("locvlm-b-plus-llava", _locvlm_b),
     "locvlm-l": _locvlm_l,
+    "locvlm-l-plus-llava": lambda: _plus_llava_instruct("locvlm-l-plus-llava", _locvlm_l),
     "locvlm-vid-b": _locvlm_vid_b,
     "locvlm-vid-b-plus": _locvlm_vid_b_plus,
 }

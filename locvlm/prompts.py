@@ -13,12 +13,17 @@ The supervised span of an answer begins at the space before it, because that spa
 and ends with its `</s>`. The span of a plain caption begins right after `<image>` and includes the final newline.
 """
 
+import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from locvlm.errors import DataError
 
+if TYPE_CHECKING:
+    from locvlm.config import FamilyConfig
+
 IMAGE = "<image>"
+VIDEO = "<video>"
 STOP = "</s>"
 USER = "USER:"
 ASSISTANT = "ASSISTANT:"
@@ -69,6 +74,9 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 # The paper prints the left/right form only; "above" and "below" take no "to the ... of".
 SIDE_PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 
+_SIDE = {word: re.compile(rf"\b{word}\b", re.IGNORECASE) for word in OPPOSITE}
+_ABSENT = re.compile(r"\bno such\b|^\W*there(?: is|'s| are) no\b", re.IGNORECASE)
+
 HALLUCINATION_PROMPT = "Is there {obj} in {medium}?"
 
 # LLaVA-1.5's suffix for tasks with short reference answers (VQAv2, GQA).
@@ -90,10 +98,29 @@ BRIEF_REQUESTS = (
 )
 
 
-def loc_question(index: int, description: str, repr_text: str, clean: bool = False) -> str:
-    """LocPred / NegPred prompt `index` (0-4) about an object, asking for `repr_text` ("(x1,y1,x2,y2) bbox")."""
+# How the families of other people's models are asked, in their publishers' words. Shikra: the templates of its demo
+# (VQA, REG) and of its paper (REC). LLaVA-1.5: its instruction data. BLIP-2 and InstructBLIP: LAVIS. Kosmos-2: its
+# model card; the region description grounds what it says, so that the tags are taken out of its answer.
+VICUNA_LAYOUT = "{system} USER: {turn} ASSISTANT:"
+SHIKRA_QUESTION = "For this image <image>, I want a simple and direct answer to my question: {question}"
+SHIKRA_LOC = "In the given <image>, could you find and tell me the coordinates of {description}?"
+SHIKRA_REV = "For the given image <image>, can you provide a unique description of the area {loc}?"
+LLAVA_LOC = "Please provide the bounding box coordinate of the region this sentence describes: {description}."
+LLAVA_REV = "Please provide a short description for this region: {loc}."
+BLIP_QUESTION = "Question: {question} Answer:"
+BLIP_SHORT_QUESTION = "Question: {question} Short answer:"
+KOSMOS_QUESTION = "Question: {question} Answer:"
+KOSMOS_LOC = "<grounding><phrase> {description}</phrase>"
+KOSMOS_REV = "<grounding><phrase> It</phrase><object>{loc}</object> is"
+
+
+def loc_question(index: int, description: str, repr_text: str, clean: bool = False, medium: str = "image") -> str:
+    """LocPred / NegPred prompt `index` (0-4) about an object, asking for `repr_text` ("(x1,y1,x2,y2) bbox").
+
+    `medium`, image or video, is the word for what is shown; the paper's templates say image.
+    """
     prompts = LOC_PROMPTS_CLEAN if clean else LOC_PROMPTS
-    return prompts[index].format(category=description, repr=repr_text)
+    return _about(prompts[index], medium).format(category=description, repr=repr_text)
 
 
 def loc_answer(location: str) -> str:
@@ -101,14 +128,14 @@ def loc_answer(location: str) -> str:
     return LOC_ANSWER.format(loc=location)
 
 
-def neg_answer() -> str:
+def neg_answer(medium: str = "image") -> str:
     """The NegPred target."""
-    return NEG_ANSWER
+    return _about(NEG_ANSWER, medium)
 
 
-def rev_question(index: int, location: str) -> str:
+def rev_question(index: int, location: str, medium: str = "image") -> str:
     """RevLoc prompt `index` (0-2) about an encoded location."""
-    return REV_PROMPTS[index].format(loc=location)
+    return _about(REV_PROMPTS[index], medium).format(loc=location)
 
 
 def rev_answer(description: str, clean: bool = False) -> str:
@@ -157,6 +184,17 @@ def spatial_icl_question(
     return template.format(obj_1=obj_1, obj_2=obj_2, obj_3=obj_3, **sides)
 
 
+def said_side(answer: str, word: str) -> str | None:
+    """Which of `word` (left, right, above or below) and its opposite occurs in an answer; "both"; None: neither."""
+    found = [side for side in (word, OPPOSITE[word]) if _SIDE[side].search(answer)]
+    return "both" if len(found) == 2 else (found[0] if found else None)
+
+
+def says_absent(answer: str) -> bool:
+    """Whether an answer says that the object asked for is not there, as the NegPred target does."""
+    return _ABSENT.search(answer) is not None
+
+
 def hallucination_question(obj: str, medium: str = "image") -> str:
     """The presence question of the Hal sets; `medium` is image or video."""
     return HALLUCINATION_PROMPT.format(obj=obj, medium=medium)
@@ -193,21 +231,52 @@ def render_prompt(question: str, system: str, history: Sequence[tuple[str, str]]
     return (f"{system} " if system else "") + _ask(question, has_image)
 
 
+def fill_turn(template: str, **parts: str) -> str:
+    """A family's own template with its {parts}, which lose the marks of the format."""
+    for name, text in parts.items():
+        template = template.replace(f"{{{name}}}", _without_marks(text))
+    return template
+
+
+def is_own_turn(prompt: str, template: str) -> bool:
+    """Whether a prompt was made of a family's own `template` and so is a whole turn already."""
+    return bool(template) and prompt.startswith(template[: template.index("{")])
+
+
+def render_family(prompt: str, family: "FamilyConfig") -> str:
+    """The text from which a model of a family goes on, `<image>` where its image goes. Raises DataError for an empty
+    question."""
+    if not any(is_own_turn(prompt, template) for template in (family.loc_pred, family.rev_loc)):
+        template = family.question
+        if family.short_question and prompt.endswith(SHORT_ANSWER_SUFFIX):
+            prompt, template = prompt.removesuffix(SHORT_ANSWER_SUFFIX), family.short_question
+        prompt = template.replace("{question}", _without_marks(prompt))
+    return family.layout.replace("{turn}", prompt)
+
+
 def render_plain(caption: str) -> tuple[str, Span]:
     """The stage-1 text `<image>{caption}\\n` and its supervised span. Raises DataError as `render_chat`."""
     text = f"{IMAGE}{_checked_answer(caption, 'the caption')}\n"
     return text, (len(IMAGE), len(text))
 
 
+def _about(template: str, medium: str) -> str:
+    return template if medium == "image" else template.replace("image", medium)
+
+
 def _ask(question: str, with_image: bool) -> str:
+    image = f"{IMAGE}\n" if with_image else ""
+    return f"{USER} {image}{_without_marks(question)} {ASSISTANT}"
+
+
+def _without_marks(question: str) -> str:
     cleaned = question
     while IMAGE in cleaned or STOP in cleaned:  # a loop, since taking one marker out may join the halves of another
         cleaned = cleaned.replace(IMAGE, "").replace(STOP, "")
     cleaned = cleaned.strip()
     if not cleaned:
         raise DataError(f"rendering a conversation: the question {question!r} is empty; leave the turn out or mend it")
-    image = f"{IMAGE}\n" if with_image else ""
-    return f"{USER} {image}{cleaned} {ASSISTANT}"
+    return cleaned
 
 
 def _checked_answer(answer: str, name: str) -> str:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from locvlm.errors import DataError
@@ -45,7 +45,8 @@ class Turn:
 
     Either structured (`objective` loc_pred, neg_pred or rev_loc; the text is rendered when the turn is read, from
     `category`, `description` and `box_xyxy`) or literal (any other objective; `question` and `answer` are the text).
-    `description` replaces the category name in the text where pseudo-captions are used.
+    `description` replaces the category name in the text where pseudo-captions are used. A structured turn that
+    has `question` and `answer` as well is worded once and for all (a frozen set).
     """
 
     objective: str
@@ -58,9 +59,9 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns about one image. `objective` is the one the conversation was built for (a loc_pred conversation may hold
-    a neg_pred turn). `width`, `height`: size of the original image in pixels; `image` is relative
-    to the image folder."""
+    """Turns about one image or video. `objective` is the one the conversation was built for (a loc_pred conversation
+    may hold a neg_pred turn). `width`, `height`: size of the original image or frame in pixels; `image` is relative
+    to the image folder, or with `medium` "video" to the video folder."""
 
     id: str
     image: str
@@ -68,6 +69,7 @@ class Conversation:
     height: int
     objective: str
     turns: tuple[Turn, ...]
+    medium: str = "image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,25 @@ class Manifest:
         return {**value, **extra}
 
 
+def leads_out(file_name: str) -> bool:
+    """Whether a file name of a dataset would leave the folder it is relative to, or cannot be a file name at all."""
+    if file_name.isascii() and file_name.replace("_", "").replace(".", "", 1).isalnum():
+        return False  # the common case: one plain component
+    if not file_name or "\0" in file_name or "\\" in file_name or not encodable(file_name):
+        return True
+    name = PurePosixPath(file_name)
+    return name.is_absolute() or ".." in name.parts or not name.parts
+
+
+def encodable(text: str) -> bool:
+    """Whether the text can be written as UTF-8; JSON may hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` under its final name in one step."""
     with atomic_write(folder / "manifest.json") as file:
@@ -129,7 +150,7 @@ def read_json(path: Path) -> Any:
         raise DataError(f"reading {path}: this is a folder, a JSON file was needed") from None
     except PermissionError:
         raise DataError(f"reading {path}: permission denied") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+    except (ValueError, RecursionError) as fault:
         raise DataError(
             f"reading {path}: not valid JSON ({fault}); the file may be cut short, copy or download it again"
         ) from None
@@ -160,7 +181,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
-        with os.fdopen(handle, mode) as file:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -193,14 +214,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"reading {path}: there is no such file")
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as fault:
-                raise DataError(f"reading {path}: line {number} is not valid JSON ({fault.msg})") from None
+            except (ValueError, RecursionError) as fault:
+                raise DataError(f"reading {path}: line {number} is not valid JSON ({fault})") from None
             if not isinstance(row, dict):
                 raise DataError(f"reading {path}: line {number} is not a JSON object")
             rows.append(row)

@@ -4,13 +4,29 @@ Exit codes: 0 done, 2 the user can fix it (one message on stderr), 1 we must (a 
 """
 
 import argparse
+import errno
 import logging
 import sys
 import traceback
 from collections.abc import Sequence
 
 from locvlm import __version__
-from locvlm.cli import configuration, data, evaluation, launch, registry, training
+from locvlm.cli import (
+    captioning,
+    configuration,
+    data,
+    doctor,
+    evaluating,
+    evaluation,
+    launch,
+    lineage,
+    models,
+    registry,
+    reporting,
+    retraining,
+    serving,
+    training,
+)
 from locvlm.errors import LocVLMError
 
 
@@ -21,7 +37,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"locvlm {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="<verb>", required=True)
-    for group in (configuration, data, training, evaluation, registry, launch):
+    for group in (
+        configuration,
+        data,
+        captioning,
+        training,
+        models,
+        evaluation,
+        evaluating,
+        reporting,
+        registry,
+        retraining,
+        lineage,
+        serving,
+        launch,
+        doctor,
+    ):
         group.add_verbs(verbs)
     return parser
 
@@ -40,7 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = f" at {error.filename}" if error.filename else ""
+            print(
+                f"locvlm: writing the output: {error.strerror}{place}; finished work is kept: make room and run the "
+                "same command again to continue",
+                file=sys.stderr,
+            )
+            return 2
         traceback.print_exc()
         print("locvlm: an internal error (above); please report it with the command you ran", file=sys.stderr)
         return 1

@@ -1,23 +1,20 @@
-"""`locvlm predict`, `locvlm score` and `locvlm report`: answers, numbers, one page."""
+"""`locvlm predict` and `locvlm score`: answers and numbers."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from locvlm.cli.asking import TASK_NAMES, add_judge_options, add_model_options, decoding_of, judge_of, model_of
 from locvlm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from locvlm.evaluation.predict import Answerer
-
-TASK_NAMES = "coco-spatial, coco-spatial-icl, presence, pope, localization, region-description"
+    from locvlm.evaluation.tasks import Task
 
 
 def add_verbs(verbs: "argparse._SubParsersAction[Any]") -> None:
-    """Register predict, score and report."""
+    """Register predict and score."""
     _add_predict(verbs)
     _add_score(verbs)
-    _add_report(verbs)
 
 
 def _add_predict(verbs: "argparse._SubParsersAction[Any]") -> None:
@@ -25,21 +22,16 @@ def _add_predict(verbs: "argparse._SubParsersAction[Any]") -> None:
         "predict",
         help="ask a model the questions of one or more tasks",
         description="Ask a model the questions of a task. --task, --data and --output may be repeated in step: the "
-        "model is loaded once. An interrupted call continues when it is run again.",
+        "model is loaded once. An interrupted call continues when it is run again. How the model was asked stands in "
+        "the .meta.json beside the answers.",
     )
     parser.add_argument("--task", action="append", required=True, metavar="NAME", help=TASK_NAMES)
     parser.add_argument(
         "--data", action="append", required=True, type=Path, metavar="PATH", help="question file or data folder"
     )
+    parser.add_argument("--split", action="append", metavar="NAME", help="of a data file that holds several (RefCOCO)")
     parser.add_argument("--output", action="append", required=True, type=Path, metavar="FILE", help="JSON lines")
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="output folder of `locvlm train`")
-    parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the images")
-    parser.add_argument("--limit", type=int, metavar="N", help="ask N questions from all over the set, always the same")
-    parser.add_argument("--temperature", type=float, help="0: greedy; default: the checkpoint's evaluation section")
-    parser.add_argument("--seed", type=int, help="of the sampling")
-    parser.add_argument("--max-new-tokens", type=int)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that was made otherwise")
+    add_model_options(parser)
     parser.set_defaults(run=_predict)
 
 
@@ -54,34 +46,47 @@ def _predict(args: argparse.Namespace) -> None:
         )
     if len({path.resolve() for path in args.output}) < len(args.output):
         raise ConfigError("predicting: two tasks have the same --output; name a file for each")
-    if args.limit is not None and args.limit < 1:
-        raise ConfigError(f"predicting: --limit is {args.limit}, it must be 1 or more")
+    decoding = decoding_of(args)
+    splits = _in_step("predicting", "split", args.split, len(args.task), is_own=False)
     jobs = [
-        Job(task_named(task), data, output)
-        for task, data, output in zip(args.task, args.data, args.output, strict=True)
+        Job(task_named(task), data, output, split)
+        for task, data, output, split in zip(args.task, args.data, args.output, splits, strict=True)
     ]
-    names = ("temperature", "seed", "max_new_tokens", "batch_size")
-    decoding = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    predict(jobs, Options(args.model, args.images, args.limit, decoding, args.overwrite), _open_model)
-
-
-def _open_model(folder: Path) -> "Answerer":
-    from locvlm.model import load  # torch comes in only when there is something to ask
-
-    return load(folder)
+    first = args.output[0]
+    model = model_of(args, first.with_name(f"{first.stem}.replies.jsonl"))
+    predict(jobs, Options(args.images, args.limit, decoding, args.overwrite, args.workers), model)
 
 
 def _add_score(verbs: "argparse._SubParsersAction[Any]") -> None:
     parser = verbs.add_parser(
         "score",
         help="predictions to metrics.json; needs no model",
-        description="Score predictions. With --data they need only id (or question_id) and answer; without it they "
-        "carry their own references, as `locvlm predict` writes them.",
+        description="Score predictions. With --data they need only an id and an answer, as in the benchmarks' own "
+        "result files; without it they carry their own references, as `locvlm predict` writes them. --task, "
+        "--predictions, --output and the options about the data may be repeated in step: METEOR starts Java once.",
     )
-    parser.add_argument("--task", required=True, metavar="NAME", help=TASK_NAMES)
-    parser.add_argument("--predictions", required=True, type=Path, metavar="FILE", help="JSON lines or a JSON list")
-    parser.add_argument("--data", type=Path, metavar="PATH", help="question file or data folder")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="metrics.json")
+    parser.add_argument("--task", action="append", required=True, metavar="NAME", help=TASK_NAMES)
+    parser.add_argument(
+        "--predictions", action="append", required=True, type=Path, metavar="FILE", help="JSON lines or a JSON list"
+    )
+    parser.add_argument("--data", action="append", type=Path, metavar="PATH", help="question file or data folder")
+    parser.add_argument(
+        "--annotations",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="the answers, where they lie apart (VQAv2, ...)",
+    )
+    parser.add_argument("--split", action="append", metavar="NAME", help="of a file that holds several (RefCOCO)")
+    parser.add_argument("--output", action="append", type=Path, metavar="FILE", help="metrics.json")
+    parser.add_argument(
+        "--submission",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="write the official result file (VQAv2 test-dev, GQA); without --output nothing is scored",
+    )
+    add_judge_options(parser)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="how places are written, where nothing beside the files says so"
     )
@@ -90,53 +95,58 @@ def _add_score(verbs: "argparse._SubParsersAction[Any]") -> None:
 
 def _score(args: argparse.Namespace) -> None:
     from locvlm.config import load_config
+    from locvlm.evaluation.meteor import MeteorUnavailable
     from locvlm.evaluation.score import describe, score, write_metrics
     from locvlm.evaluation.tasks import task_named
 
+    n = len(args.task)
+    tasks = [task_named(name) for name in args.task]
+    names = ("predictions", "data", "annotations", "split", "output", "submission")
+    shared = ("data", "annotations", "split")
+    columns = [_in_step("scoring", name, getattr(args, name), n, is_own=name not in shared) for name in names]
     config = None if args.config is None else load_config(args.config)
-    metrics = score(task_named(args.task), args.predictions, args.data, config)
-    write_metrics(args.output, metrics)
-    print(describe(metrics))
+    first = (args.output or args.predictions)[0]
+    judge = judge_of(args, first.with_name(f"{first.stem}.judge.jsonl"))
+    unavailable: MeteorUnavailable | None = None
+    for task, predictions, data, annotations, split, output, submission in zip(tasks, *columns, strict=True):
+        if output is None and submission is None:
+            raise ConfigError("scoring: nothing would be written; name metrics.json with --output")
+        if submission is not None:
+            _submit(task, predictions, data, submission)
+        if output is None:
+            continue
+        try:
+            metrics = score(task, predictions, data, config, annotations=annotations, split=split, judge=judge)
+        except MeteorUnavailable as fault:  # every other task goes on
+            unavailable = fault
+            continue
+        write_metrics(output, metrics)
+        print(describe(metrics))
+    if unavailable is not None:
+        raise unavailable
 
 
-def _add_report(verbs: "argparse._SubParsersAction[Any]") -> None:
-    parser = verbs.add_parser(
-        "report",
-        help="one HTML page: models side by side, the paper's numbers, pictures, curves",
-        description="Write report.html (one file, no outside reference) and report.md. The folder of an arm holds "
-        "<task>.metrics.json and, for pictures, <task>.jsonl. The first arm is compared with the others.",
-    )
-    parser.add_argument("--arm", action="append", required=True, metavar="NAME=DIR", help="repeat for each model")
-    parser.add_argument(
-        "--curve", action="append", default=[], metavar="'NAME STAGE'=FILE", help="a curve.jsonl; may be repeated"
-    )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images; without it no pictures")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the report")
-    parser.add_argument("--title", default="LocVLM: what location objectives buy")
-    parser.set_defaults(run=_report)
+def _in_step(doing: str, name: str, values: list[Any] | None, n: int, *, is_own: bool) -> list[Any]:
+    """One value a task. What says something about the data may be given once for all tasks (`is_own` False)."""
+    if values is None:
+        return [None] * n
+    if len(values) == 1 and not is_own:
+        return values * n
+    if len(values) != n:
+        raise ConfigError(
+            f"{doing}: found {n} --task and {len(values)} --{name}; give them in step, once for each task"
+        )
+    if name in ("output", "submission") and len({path.resolve() for path in values}) < n:
+        raise ConfigError(f"{doing}: two tasks have the same --{name}; name a file for each")
+    return values
 
 
-def _report(args: argparse.Namespace) -> None:
-    from locvlm.evaluation.figures import read_curve
-    from locvlm.evaluation.report import read_arm, write_report
+def _submit(task: "Task", predictions: Path, data: Path | None, output: Path) -> None:
+    from locvlm.evaluation.score import write_results
 
-    folders = _named_paths("--arm", args.arm)
-    arms = [read_arm(name, folder) for name, folder in folders.items()]
-    curves = [read_curve(name, path, list(folders)) for name, path in _named_paths("--curve", args.curve).items()]
-    if args.images is not None and not args.images.is_dir():
-        raise ConfigError(f"reporting: the image folder {args.images} does not exist; correct or drop --images")
-    html, markdown = write_report(arms, curves, args.images, args.output, args.title)
-    print(html)
-    print(markdown)
-
-
-def _named_paths(option: str, values: Sequence[str]) -> dict[str, Path]:
-    named: dict[str, Path] = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not equals or not name.strip() or not path:
-            raise ConfigError(f"reporting: {option} {value!r} is not of the form NAME=PATH")
-        if name.strip() in named:
-            raise ConfigError(f"reporting: {option} names {name.strip()!r} twice; give each its own name")
-        named[name.strip()] = Path(path)
-    return named
+    if data is None:
+        raise ConfigError("exporting: a result file needs the questions of its split; give them with --data")
+    failures = write_results(task, predictions, data, output)
+    kinds = {kind: len(ids) for kind, ids in failures.to_dict().items() if ids}
+    told = "; ".join(f"{n} {kind}" for kind, n in kinds.items())
+    print(f"{output}: result file for {task.name}" + (f" ({told}: empty answers where none is usable)" if told else ""))

@@ -8,11 +8,14 @@ from typing import Any
 from locvlm import __version__
 from locvlm.errors import LaunchError
 from locvlm.records import write_json
+from locvlm.tracking import LINEAGE, RAY_JOB
 
-FORWARDED = (
+FORWARDED = (  # the pipeline's run: without it every worker opens one of its own
     "MLFLOW_RUN_ID",
     "MLFLOW_EXPERIMENT_ID",
-)  # the pipeline's run: without it every worker opens one of its own
+    "MLFLOW_WORKSPACE",
+    LINEAGE,
+)
 
 
 def add_verbs(verbs: "argparse._SubParsersAction[Any]") -> None:
@@ -28,6 +31,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument("--namespace", help="namespace of the job (default: the template's, locvlm)")
     parser.add_argument("--image", default=f"locvlm:{__version__}", help="image of the Ray pods (default: %(default)s)")
     parser.add_argument("--queue", help="Kueue LocalQueue; '' leaves the queue out (default: the template's, locvlm)")
+    parser.add_argument("--priority", metavar="NAME", help="Kueue WorkloadPriorityClass (default: the template's)")
     parser.add_argument("--workers", type=int, metavar="N", help="GPU worker pods (default: the template's)")
     parser.add_argument(
         "--gpus-per-worker",
@@ -49,6 +53,13 @@ def add_verbs(verbs: "argparse._SubParsersAction[Any]") -> None:
     )
     parser.add_argument("--poll-seconds", type=float, default=10.0, metavar="S", help="pause between looks at the job")
     parser.add_argument("--template", type=Path, help="the RayJob to fill (default: k8s/ray-job.yaml)")
+    parser.add_argument(
+        "--site",
+        type=Path,
+        metavar="FILE",
+        help="what this cluster's jobs need beside the template, merged into it (default: the ConfigMap locvlm-ray-job "
+        "that the overlay made in the cluster; with --dry-run nothing)",
+    )
     parser.add_argument("--receipt", type=Path, metavar="FILE", help="write how the job ended as JSON, if it succeeded")
     parser.add_argument("--dry-run", action="store_true", help="print the filled RayJob as YAML and stop")
     parser.add_argument("command", nargs="+", metavar="-- VERB ...", help="the locvlm verb to run, with its arguments")
@@ -58,35 +69,54 @@ def add_verbs(verbs: "argparse._SubParsersAction[Any]") -> None:
 def _launch(args: argparse.Namespace) -> None:
     import yaml
 
-    from locvlm.launch import JobSettings, connect, default_template, launch, render_ray_job, validate_ray_job
+    from locvlm.launch import (
+        JobSettings,
+        connect,
+        default_template,
+        launch,
+        render_ray_job,
+        site_part,
+        validate_ray_job,
+    )
 
     _check_command(args.command)
     for option in ("workers", "gpus_per_worker", "deadline_minutes", "poll_seconds"):
         value = getattr(args, option)
         if value is not None and value <= 0:
             raise LaunchError(f"launching {args.name}: --{option.replace('_', '-')} is {value}, it must be above 0")
-    template = args.template or default_template()
-    try:
-        text = template.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise LaunchError(f"reading the job template {template}: {fault}") from None
+    template = _read(args.template or default_template())
+    site = _read(args.site) if args.site is not None else ""
     settings = JobSettings(
         namespace=args.namespace,
         queue=args.queue,
+        priority=args.priority,
         workers=args.workers,
         gpus_per_worker=args.gpus_per_worker,
         entrypoint_gpus=args.entrypoint_gpus,
         deadline_minutes=args.deadline_minutes,
-        environment={name: os.environ[name] for name in FORWARDED if os.environ.get(name)},
+        environment={**{name: os.environ[name] for name in FORWARDED if os.environ.get(name)}, RAY_JOB: args.name},
+        lineage=os.environ.get(LINEAGE, ""),
     )
-    job = render_ray_job(text, args.name, args.image, ["locvlm", *args.command], settings)
+    command = ["locvlm", *args.command]
+    job = render_ray_job(template, args.name, args.image, command, settings, site)
     if args.dry_run:
         validate_ray_job(job)
         print(yaml.safe_dump(job, sort_keys=False), end="")
         return
-    finished = launch(job, connect(), poll_seconds=args.poll_seconds)
+    api = connect()
+    if args.site is None:
+        site = site_part(api, job["metadata"].get("namespace", "default"), args.poll_seconds)
+        job = render_ray_job(template, args.name, args.image, command, settings, site)
+    finished = launch(job, api, poll_seconds=args.poll_seconds)
     if args.receipt is not None:
         write_json(args.receipt, finished.to_dict())
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise LaunchError(f"reading the job template {path}: {fault}") from None
 
 
 def _check_command(command: list[str]) -> None:

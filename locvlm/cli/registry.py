@@ -1,19 +1,25 @@
-"""`locvlm fetch`, `locvlm register` and `locvlm promote`: which data a run uses, which model it leaves."""
+"""`locvlm fetch`, `register`, `promote`, `rollback`: which data a run uses, which model it leaves, who is champion."""
 
 import argparse
+import getpass
+import os
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from locvlm.cli.lineage import parse_tags
 from locvlm.errors import ConfigError, DataError
 from locvlm.records import read_json, write_json
+from locvlm.tracking import origin_tags
 
 
 def add_verbs(verbs: "argparse._SubParsersAction[Any]") -> None:
-    """Register fetch, register and promote."""
+    """Register fetch, register, promote and rollback."""
     _add_fetch(verbs)
     _add_register(verbs)
     _add_promote(verbs)
+    _add_rollback(verbs)
 
 
 def _add_fetch(verbs: "argparse._SubParsersAction[Any]") -> None:
@@ -109,16 +115,13 @@ def _lineage(model_dir: Path, given: list[str]) -> dict[str, str]:
                 tags[f"train.{key}"] = str(content[key])
         for name, digest in dict(content.get("data", {})).items():
             tags[f"train.data.{name}"] = str(digest)
-    for entry in given:
-        key, equals, value = entry.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"registering {model_dir}: --tag {entry!r} is not of the form KEY=VALUE")
-        tags[key] = value
-    return tags
+    return {**tags, **origin_tags(), **parse_tags(f"registering {model_dir}", given)}
 
 
 def _git_commit() -> str:
-    """The commit of the code that runs, with `-dirty` where files differ from it; "" outside a checkout."""
+    """The commit of the code that runs, with `-dirty` where files differ from it; in an image, what it was built of."""
+    if built_of := os.environ.get("LOCVLM_GIT_COMMIT", ""):
+        return built_of
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -131,7 +134,8 @@ def _add_promote(verbs: "argparse._SubParsersAction[Any]") -> None:
     parser = verbs.add_parser(
         "promote",
         help="move the alias `champion` to a version if its gates hold",
-        description="The gates are those of the version's own config, section gate. Exit code 2 when one fails.",
+        description="The gates are those of the version's own config, section gate. With a champion the low end of the "
+        "interval of the paired difference must lie at -gate.tolerance (0) or above. Exit code 2 when a gate fails.",
     )
     parser.add_argument("--name", default="locvlm", help="the registered model (%(default)s)")
     parser.add_argument("--version", required=True, help="the version to promote")
@@ -157,3 +161,32 @@ def _promote(args: argparse.Namespace) -> None:
     for gate in decision.gates:
         print(f"{gate.gate} gate, {gate.figure}: {gate.reason}")
     print(f"{decision.name} version {decision.version} is champion")
+
+
+def _add_rollback(verbs: "argparse._SubParsersAction[Any]") -> None:
+    parser = verbs.add_parser(
+        "rollback",
+        help="make the champion before this one champion again",
+        description="Moves the alias `champion` back and writes down who did it and why; again: one champion further "
+        "back. Whatever loads models:/NAME@champion gets the other version from then on.",
+    )
+    parser.add_argument("--name", default="locvlm", help="the registered model (%(default)s)")
+    parser.add_argument("--to", default="", metavar="VERSION", help="this version (default: the champion before)")
+    parser.add_argument("--reason", required=True, metavar="TEXT", help="why, for whoever looks later")
+    parser.add_argument("--by", default="", metavar="WHO", help="default: the account and machine that runs this")
+    parser.set_defaults(run=_rollback)
+
+
+def _rollback(args: argparse.Namespace) -> None:
+    from locvlm.registry import rollback
+
+    change = rollback(args.name, args.reason, args.by or _account(), args.to)
+    print(f"{args.name} version {change.version} is champion again, in place of version {change.before}")
+    print(f"written down: {change.at}, {change.by}: {change.reason}")
+
+
+def _account() -> str:
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (KeyError, OSError):  # a user id without an entry, as in a container
+        return socket.gethostname()

@@ -6,10 +6,12 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
+from locvlm import claims, identity
 from locvlm.records import atomic_write, fingerprint, read_json, write_json
 
 LAST_LINES = 15
@@ -17,29 +19,62 @@ END = "ended with exit code "  # the last line of a log; a log without it belong
 
 
 def run_step(
-    argv: Sequence[str], log: str, *, printed: str = "", runner: str = "local", image: str = "", gpus: int = 0
+    argv: Sequence[str],
+    log: str,
+    *,
+    printed: str = "",
+    runner: str = "local",
+    image: str = "",
+    gpus: int = 0,
+    is_last: bool = False,
 ) -> None:
     """Run `locvlm <argv>`; what it says goes on to this process's own output and is added to the file `log`.
 
     `printed`: a file that receives what the verb prints on stdout, under its final name only if the verb succeeds.
     `runner`: "local" runs the verb here, "kuberay" has `locvlm launch` run it as a RayJob of `image`, named after the
     log, so that a retried step follows the job of the first try; `gpus`: GPUs of the verb's own process there (0: its
-    Ray workers hold them). Raises RuntimeError with the verb's last words when it ends with another exit code than 0.
+    Ray workers hold them). The verb works for the run in whose folder `log` lies (<run>/logs/<step>.log); `is_last`:
+    its success ends that run. Raises RuntimeError with the verb's last words when it ends with another code than 0.
     """
     path = Path(log)
+    root = path.parent.parent
     path.parent.mkdir(parents=True, exist_ok=True)
     command = list(argv) if runner == "local" else _launched(argv, path, image, gpus)
     began = time.monotonic()
     with open(path, "a", encoding="utf-8") as file:
         file.write(f"$ locvlm {shlex.join(command)}\n")
-        with _told_to(file) as out:
+        file.flush()  # who is killed before the first word did begin
+        with _told_to(file) as out, _at_work(root):
             code = _main(command)
         file.write(f"{END}{code} after {time.monotonic() - began:.1f} s\n")
     if code:
+        identity.end(root, "FAILED", f"{path.stem}: {last_words(path)}")
         raise RuntimeError(f"locvlm {argv[0]} ended with exit code {code}: {last_words(path)} (its log: {path})")
     if printed:
         with atomic_write(Path(printed)) as target:
             target.write(out.getvalue())
+    if is_last:
+        identity.end(root, "FINISHED")
+
+
+def file_stems(tasks: Sequence[str], benchmarks: Sequence[Mapping[str, str]]) -> list[str]:
+    """The stems of the files of a model's answers and figures: of each task, then of each benchmark. A benchmark is
+    called by its "name", else by its task, with a number where a task or another benchmark is called so already."""
+    stems = list(tasks)
+    for known in benchmarks:
+        wanted = known.get("name") or known["task"]
+        numbered = (f"{wanted}-{number}" for number in count(2))
+        stems.append(wanted if wanted not in stems else next(stem for stem in numbered if stem not in stems))
+    return stems
+
+
+@contextlib.contextmanager
+def _at_work(root: Path) -> Iterator[None]:
+    """Work for the run in `root`: under its name, and with its claim, if it has one, in use."""
+    known = identity.read(root)
+    owners = known.kfp_runs if known is not None else ()
+    with identity.working_for(root), claims.kept(root.parent, root.name, owners):
+        yield
 
 
 def write_receipt(output: str, receipt: str) -> str:

@@ -1,30 +1,34 @@
 """COCO annotation files -> image records, the unique-object filter, absent categories.
 
-`segmentation` and every other field that nothing here reads is skipped by the decoder and never becomes an object.
+`segmentation` and every other field that nothing here reads is skipped by the decoder and never becomes an object; the
+rest goes into columns at once, and becomes records image by image where records are asked for.
 """
 
 import gc
 import gzip
 import json
 import math
+import mmap
 import os
-import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from itertools import chain
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import msgspec
-from PIL import Image
+import numpy as np
+import numpy.typing as npt
 
+from locvlm.data.columns import Bools, CrowdRule, ImageTable, Ints
 from locvlm.errors import DataError
-from locvlm.records import BoxXYXY, ImageRecord, ObjectRecord, atomic_write
-
-CrowdRule = Literal["counts", "ignored", "singleton_ok", "ignored_singleton_ok"]
+from locvlm.pixels import ImageSource, open_images
+from locvlm.records import BoxXYXY, ImageRecord, ObjectRecord, atomic_write, encodable, leads_out
 
 CLIPPED = "box partly outside the image: clipped"
 EXCLUDED = "image excluded on request"
@@ -53,14 +57,11 @@ _ANNOTATION_FAULTS = (
     _OUTSIDE,
 )
 
-_MISSING_FILE = "image file that is missing"
-_BAD_FILE = "image file that does not decode"
+MISSING_FILE = "image file that is missing"
+BAD_FILE = "image file that does not decode"
 _OTHER_SIZE = "image file of another size than annotated"
 
 _R = TypeVar("_R")
-
-# what Pillow raises for damaged files
-_DECODING_FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 _NAN_BOX: BoxXYXY = (math.nan, math.nan, math.nan, math.nan)
 _NEEDED = (
@@ -71,39 +72,66 @@ _NEEDED = (
 
 @dataclass(slots=True)
 class Instances:
-    """A COCO instances file as records.
+    """Annotated images.
 
-    `images` ascend by image id, their objects by annotation id; boxes are `(x1, y1, x2, y2)` pixels inside the image.
-    `categories`: names in the order of the category ids. `skipped`: reason -> number of records that cannot be used.
+    `images` (a table, or any sequence) ascend by image id, their objects by annotation id; boxes are
+    `(x1, y1, x2, y2)` pixels inside the image. `categories`: names in the order of the category ids.
+    `skipped`: reason -> number of records that cannot be used.
     `notes`: reason -> number of records that were used, but not as they stood (clipped boxes), or left out on request.
 
     An annotation whose box cannot be used is skipped as a place, not as a fact: its object stays in the image with a
     box of zero size, so that it still counts when instances are counted and its category is never called absent.
     """
 
-    images: list[ImageRecord]
+    images: Sequence[ImageRecord]
     categories: list[str]
     skipped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
 
 
+_Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what a column holds
+
+
 class _Image(msgspec.Struct, gc=False):
-    id: int
+    id: _Int
     file_name: str
-    width: int
-    height: int
+    width: _Int
+    height: _Int
+
+
+class _Box(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    x: float
+    y: float
+    width: float
+    height: float
 
 
 class _Annotation(msgspec.Struct, gc=False):
     id: int
     image_id: int
     category_id: int
-    bbox: tuple[float, float, float, float]
+    bbox: _Box
     iscrowd: int | bool = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Annotations:
+    """Annotations as columns. `boxes`: two corners, [n, 4]."""
+
+    ids: Ints
+    image_ids: Ints
+    categories: Ints
+    boxes: npt.NDArray[np.float64]
+    crowd: Bools
+
+    def where(self, chosen: "Ints | Bools") -> "_Annotations":
+        """Those of a mask or of numbers."""
+        ids, image_ids, categories = self.ids[chosen], self.image_ids[chosen], self.categories[chosen]
+        return _Annotations(ids, image_ids, categories, self.boxes[chosen], self.crowd[chosen])
+
+
 class _Category(msgspec.Struct, gc=False):
-    id: int
+    id: _Int
     name: str
 
 
@@ -119,32 +147,34 @@ def read_instances(path: Path, *, exclude: Collection[int] = frozenset()) -> Ins
     A faulty record is skipped and counted by reason. Raises DataError when the file cannot be read, is not a COCO
     instances file, has no image or category, or when more than half of its images or annotations are faulty.
     """
-    data = read_bytes(path)
+    data = _mapped(path)
     skipped: Counter[str] = Counter()
     notes: Counter[str] = Counter()
-    with _collector_paused():
+    with collector_paused():
         try:
             file = msgspec.json.decode(data, type=_File)
             n_images, n_annotations = len(file.images), len(file.annotations)
-        except msgspec.DecodeError:  # somewhere a record is out of the ordinary; find out which
-            file, n_images, n_annotations = _decode_record_by_record(path, data, skipped)
+            found = _annotation_columns(file.annotations)
+        except (
+            msgspec.DecodeError,
+            OverflowError,
+            RecursionError,
+        ):  # somewhere a record is out of the ordinary; find out which
+            file, n_images, n_annotations = _decode_record_by_record(path, data[:], skipped)
+            found = _annotation_columns(file.annotations)
         del data
         names = _category_names(path, file.categories)
         if n_images == 0:
             raise DataError(f"reading {path}: the list of images is empty; {_NEEDED}")
-        images, dropped = _usable_images(file.images, skipped)
-        refuse_if_most_skipped(path, "images", {r: skipped[r] for r in _IMAGE_FAULTS}, n_images)
-        objects = _objects_by_image(file.annotations, images, dropped, names, exclude, skipped, notes)
-        refuse_if_most_skipped(path, "annotations", {r: skipped[r] for r in _ANNOTATION_FAULTS}, n_annotations)
-        records = [
-            ImageRecord(image.id, image.file_name, image.width, image.height, tuple(sorted(objects[image.id], key=_id)))
-            for image in sorted(images.values(), key=_id)
-            if image.id not in exclude
-        ]
-    if len(records) < len(images):
-        notes[EXCLUDED] = len(images) - len(records)
-    categories = list(dict.fromkeys(names[key] for key in sorted(names)))
-    return Instances(records, categories, skipped, notes)
+        usable, dropped = _usable_images(file.images, skipped)
+    refuse_if_most_skipped(path, "images", {r: skipped[r] for r in _IMAGE_FAULTS}, n_images)
+    images = [image for image in sorted(usable.values(), key=_id) if image.id not in exclude]
+    if len(images) < len(usable):
+        notes[EXCLUDED] = len(usable) - len(images)
+    others = dict.fromkeys(dropped, _SKIPPED_IMAGE) | dict.fromkeys(usable.keys() & set(exclude), "")
+    table = _table(images, found, names, others, skipped, notes)
+    refuse_if_most_skipped(path, "annotations", {r: skipped[r] for r in _ANNOTATION_FAULTS}, n_annotations)
+    return Instances(table, list(table.vocabulary), skipped, notes)
 
 
 def usable_objects(image: ImageRecord, crowd: CrowdRule = "counts") -> list[ObjectRecord]:
@@ -193,17 +223,18 @@ def check_images(
     """
     if not folder.is_dir():
         raise DataError(f"checking the images in {folder}: there is no such folder; needed is the folder of the images")
+    source = open_images(folder)
     sound: list[ImageRecord] = []
     skipped: Counter[str] = Counter()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes outside the interpreter's lock
-        for image, fault in zip(images, pool.map(lambda image: _file_fault(image, folder), images), strict=True):
+        for image, fault in zip(images, pool.map(lambda image: _file_fault(image, source), images), strict=True):
             if fault:
                 skipped[fault] += 1
             else:
                 sound.append(image)
             on_done()
-    there = {fault: n for fault, n in skipped.items() if fault != _MISSING_FILE}
-    refuse_if_most_skipped(folder, "image files", there, len(images) - skipped[_MISSING_FILE])
+    there = {fault: n for fault, n in skipped.items() if fault != MISSING_FILE}
+    refuse_if_most_skipped(folder, "image files", there, len(images) - skipped[MISSING_FILE])
     if images and not sound:
         raise DataError(
             f"checking the images in {folder}: it holds none of the {len(images)} images that the annotations name "
@@ -276,26 +307,6 @@ def has_place(thing: ObjectRecord) -> bool:
     return x2 > x1 and y2 > y1
 
 
-def leads_out(file_name: str) -> bool:
-    """Whether a file name of a dataset would leave the folder it is relative to, or cannot be a file name at all."""
-    if file_name.isascii() and file_name.replace("_", "").replace(".", "", 1).isalnum():
-        return False  # the common case: one plain component
-    if not file_name or "\0" in file_name or "\\" in file_name or not encodable(file_name):
-        return True
-    name = PurePosixPath(file_name)
-    return name.is_absolute() or ".." in name.parts or not name.parts
-
-
-def safe_image_path(images_dir: Path, file_name: str) -> Path:
-    """`images_dir / file_name`. Raises DataError for a name that leads out of `images_dir`."""
-    if leads_out(file_name):
-        raise DataError(
-            f"opening the image {file_name!r} in {images_dir}: the name leads out of the folder; needed are relative "
-            "names with forward slashes and without '..'"
-        )
-    return images_dir / file_name
-
-
 def read_bytes(path: Path) -> bytes:
     """The bytes of a file, unpacked if it is gzip (told by its content). Raises DataError that names the file."""
     try:
@@ -316,6 +327,17 @@ def read_bytes(path: Path) -> bytes:
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
+def _mapped(path: Path) -> "bytes | mmap.mmap":
+    """The bytes of a file as `read_bytes` gives them; those of a plain JSON object are not copied into memory."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(1) == b"{":
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError:
+        pass  # read_bytes says what is wrong, or reads what cannot be mapped
+    return read_bytes(path)
+
+
 def decode_json(path: Path, data: bytes, **hooks: Any) -> Any:
     """Any JSON value from the bytes of the file `path`; `hooks` go to `json.loads`.
 
@@ -323,12 +345,14 @@ def decode_json(path: Path, data: bytes, **hooks: Any) -> Any:
     """
     try:
         return json.loads(data, **hooks)
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+    except ValueError as fault:  # also bytes that are no text, and a whole number of thousands of digits
         raise DataError(
             f"reading {path}: not valid JSON ({fault}); the file may be cut short, copy or download it again"
         ) from None
     except RecursionError:
-        raise DataError(f"reading {path}: not a COCO file, it is nested too deeply; {_NEEDED}") from None
+        raise DataError(
+            f"reading {path}: nested too deeply for a file of annotations or questions; check that it is the right one"
+        ) from None
 
 
 def whole(value: Any) -> int | None:
@@ -338,15 +362,6 @@ def whole(value: Any) -> int | None:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return None
-
-
-def encodable(text: str) -> bool:
-    """Whether the text can be written as UTF-8; JSON may hold half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def refuse_if_most_skipped(path: Path, noun: str, faults: Mapping[str, int], total: int) -> None:
@@ -404,7 +419,8 @@ def _read_raw(path: Path) -> _RawFile:
     data = read_bytes(path)
     try:
         return msgspec.json.decode(data, type=_RawFile)
-    except msgspec.DecodeError:  # NaN or broken Unicode somewhere: write such records anew as legal JSON
+    except (msgspec.DecodeError, RecursionError):
+        # NaN or broken Unicode somewhere: write such records anew as legal JSON
         value = decode_json(path, data, parse_constant=lambda _: None, parse_float=_finite_or_none)
     if not isinstance(value, dict):
         raise DataError(f"reading {path}: found a {_kind(value)} at the top; needed is a COCO file, an object")
@@ -457,17 +473,14 @@ def _field(raw: msgspec.Raw, key: str, needs: str = "") -> int | None:
     return whole(record.get(key))
 
 
-def _file_fault(image: ImageRecord, folder: Path) -> str:
+def _file_fault(image: ImageRecord, source: ImageSource) -> str:
     """What is wrong with the file of an image; empty if nothing is."""
+    if not source.has(image.file_name):
+        return MISSING_FILE
     try:
-        with Image.open(folder / image.file_name) as file:
-            size = file.size
-            file.draft("RGB", (size[0] // 8 or 1, size[1] // 8 or 1))  # JPEG: every byte is still read, far less work
-            file.load()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        return _MISSING_FILE
-    except _DECODING_FAULTS:
-        return _BAD_FILE
+        size = source.checked_size(image.file_name)
+    except DataError:
+        return BAD_FILE
     return "" if size == (image.width, image.height) else _OTHER_SIZE
 
 
@@ -489,50 +502,95 @@ def _usable_images(images: list[_Image], skipped: Counter[str]) -> tuple[dict[in
     return usable, dropped
 
 
-def _objects_by_image(
-    annotations: list[_Annotation],
-    images: Mapping[int, _Image],
-    dropped: Collection[int],
+def _annotation_columns(annotations: list[_Annotation]) -> _Annotations:
+    """The annotations as columns, in file order; empties the list, so that memory is not held twice.
+
+    Raises OverflowError for an id beyond 64 bits.
+    """
+    n = len(annotations)
+
+    def column(name: str, kind: "type[np.generic]") -> npt.NDArray[Any]:
+        return np.fromiter(map(attrgetter(name), annotations), kind, n)
+
+    numbers = chain.from_iterable(map(msgspec.structs.astuple, map(attrgetter("bbox"), annotations)))
+    boxes = np.fromiter(numbers, np.float64, 4 * n).reshape(n, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    ids, image_ids, categories = column("id", np.int64), column("image_id", np.int64), column("category_id", np.int64)
+    crowd = column("iscrowd", np.bool_)
+    annotations.clear()
+    return _Annotations(ids, image_ids, categories, boxes, crowd)
+
+
+def _table(
+    images: Sequence[_Image],
+    found: _Annotations,
     names: Mapping[int, str],
-    exclude: Collection[int],
+    others: Mapping[int, str],
     skipped: Counter[str],
     notes: Counter[str],
-) -> dict[int, list[ObjectRecord]]:
-    """The objects of every image in file order; empties `annotations` on the way, so that memory is not held twice."""
-    places: dict[int, tuple[int, int, list[ObjectRecord]]] = {
-        image.id: (image.width, image.height, []) for image in images.values() if image.id not in exclude
-    }
-    seen: set[int] = set()
-    annotations.reverse()
-    while annotations:
-        annotation = annotations.pop()
-        place = places.get(annotation.image_id)
-        if place is None:
-            if annotation.image_id not in images:
-                skipped[_SKIPPED_IMAGE if annotation.image_id in dropped else _NO_IMAGE] += 1
-            continue
-        name = names.get(annotation.category_id)
-        if name is None:
-            skipped[_NO_CATEGORY] += 1
-            continue
-        key = annotation.id
-        if key in seen:
-            skipped[_SAME_ANNOTATION] += 1
-            continue
-        seen.add(key)
-        width, height, objects = place
-        x1, y1, w, h = annotation.bbox
-        x2, y2 = x1 + w, y1 + h
-        if 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height:
-            box = (x1, y1, x2, y2)
-        else:
-            box, fault = _mend_box((x1, y1, x2, y2), width, height)
-            (notes if fault == CLIPPED else skipped)[fault] += 1
-        objects.append(ObjectRecord(key, name, box, bool(annotation.iscrowd)))
-    return {image_id: objects for image_id, (_, _, objects) in places.items()}
+) -> ImageTable:
+    """`images`, which ascend by id, with their annotations. `others`: images that are known but not among them, and
+    for what their annotations are skipped (empty: not a fault)."""
+    keys = np.array([image.id for image in images], np.int64)
+    found, rows = _of_images(found, keys, others, skipped)
+    vocabulary = list(dict.fromkeys(names[key] for key in sorted(names)))
+    code_of = {name: code for code, name in enumerate(vocabulary)}
+    category_ids = np.array(sorted(names), np.int64)
+    places, known = _places(found.categories, category_ids)
+    if n := int(np.count_nonzero(~known)):
+        skipped[_NO_CATEGORY] += n
+        found, rows, places = found.where(known), rows[known], places[known]
+    codes = np.array([code_of[names[key]] for key in sorted(names)], np.int64)[places]
+    order = np.argsort(found.ids, kind="stable")
+    ordered = found.ids[order]
+    repeats = order[1:][ordered[1:] == ordered[:-1]]  # all but the first in the file
+    if repeats.size:
+        skipped[_SAME_ANNOTATION] += repeats.size
+        order = order[~np.isin(order, repeats)]
+    order = order[np.argsort(rows[order], kind="stable")]
+    found, rows, codes = found.where(order), rows[order], codes[order]
+    widths = np.array([image.width for image in images], np.int64)
+    heights = np.array([image.height for image in images], np.int64)
+    _mend_boxes(found.boxes, widths[rows], heights[rows], skipped, notes)
+    starts = np.searchsorted(rows, np.arange(len(images) + 1))
+    file_names = [image.file_name for image in images]
+    return ImageTable(keys, file_names, widths, heights, starts, found.ids, codes, found.boxes, found.crowd, vocabulary)
 
 
-def _mend_box(box: BoxXYXY, width: int, height: int) -> tuple[BoxXYXY, str]:
+def _of_images(
+    found: _Annotations, keys: Ints, others: Mapping[int, str], skipped: Counter[str]
+) -> tuple[_Annotations, Ints]:
+    """The annotations of the images `keys`, and the place of each one's image in `keys`."""
+    rows, known = _places(found.image_ids, keys)
+    if known.all():
+        return found, rows
+    for image_id in found.image_ids[~known].tolist():
+        if fault := others.get(image_id, _NO_IMAGE):
+            skipped[fault] += 1
+    return found.where(known), rows[known]
+
+
+def _places(values: Ints, ordered: Ints) -> tuple[Ints, Bools]:
+    """Where each value stands in `ordered`, and whether it does."""
+    if not len(ordered):
+        return np.zeros(len(values), np.int64), np.zeros(len(values), np.bool_)
+    places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return places, ordered[places] == values
+
+
+def _mend_boxes(
+    boxes: npt.NDArray[np.float64], widths: Ints, heights: Ints, skipped: Counter[str], notes: Counter[str]
+) -> None:
+    """Bring the boxes that are not sound into their images, in place."""
+    x1, y1, x2, y2 = boxes.T
+    sound = (x1 >= 0) & (x1 < x2) & (x2 <= widths) & (y1 >= 0) & (y1 < y2) & (y2 <= heights)
+    for number in np.flatnonzero(~sound).tolist():
+        box, fault = mend_box(tuple(boxes[number].tolist()), int(widths[number]), int(heights[number]))
+        (notes if fault == CLIPPED else skipped)[fault] += 1
+        boxes[number] = box
+
+
+def mend_box(box: BoxXYXY, width: int, height: int) -> tuple[BoxXYXY, str]:
     """The part of the box inside the image, of zero size if there is none, and what was wrong with the box."""
     x1, y1, x2, y2 = box
     if not all(map(math.isfinite, box)):
@@ -586,7 +644,7 @@ def _decode_record_by_record(path: Path, data: bytes, skipped: Counter[str]) -> 
 
 
 def _category(path: Path, record: Any) -> _Category:
-    key = whole(record.get("id")) if isinstance(record, dict) else None
+    key = _whole_64(record.get("id")) if isinstance(record, dict) else None
     name = record.get("name") if isinstance(record, dict) else None
     if key is None or not isinstance(name, str) or not encodable(name):
         raise DataError(f"reading {path}: category {str(record)[:80]} has no whole-number id or no name; {_NEEDED}")
@@ -596,7 +654,7 @@ def _category(path: Path, record: Any) -> _Category:
 def _image(record: Any) -> _Image | None:
     if not isinstance(record, dict):
         return None
-    key, width, height = (whole(record.get(name)) for name in ("id", "width", "height"))
+    key, width, height = (_whole_64(record.get(name)) for name in ("id", "width", "height"))
     file_name = record.get("file_name")
     if key is None or width is None or height is None or not isinstance(file_name, str):
         return None
@@ -606,10 +664,16 @@ def _image(record: Any) -> _Image | None:
 def _annotation(record: Any) -> _Annotation | None:
     if not isinstance(record, dict):
         return None
-    key, image, category = (whole(record.get(name)) for name in ("id", "image_id", "category_id"))
+    key, image, category = (_whole_64(record.get(name)) for name in ("id", "image_id", "category_id"))
     if key is None or image is None or category is None:
         return None
-    return _Annotation(key, image, category, _box(record.get("bbox")), bool(record.get("iscrowd")))
+    return _Annotation(key, image, category, _Box(*_box(record.get("bbox"))), bool(record.get("iscrowd")))
+
+
+def _whole_64(value: Any) -> int | None:
+    """As `whole`, within 64 bits."""
+    number = whole(value)
+    return number if number is not None and -(2**63) <= number < 2**63 else None
 
 
 def _box(value: Any) -> BoxXYXY:
@@ -634,7 +698,7 @@ def _kind(value: Any) -> str:
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """No cyclic garbage is made here, and a million small records would be walked again and again for nothing."""
     was_on = gc.isenabled()
     gc.disable()

@@ -6,14 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from locvlm.data.coco import read_instances, safe_image_path
+from locvlm.data.coco import read_instances
 from locvlm.errors import DataError
+from locvlm.pixels import ImageSource, open_images
 from locvlm.records import atomic_write, fingerprint
 
 _OURS = "# made by `locvlm fetch`\n"
@@ -64,6 +66,31 @@ def fetch_remote(md5: str, remote: str, target: Path) -> dict[str, Any]:
     return fetch_dvc(pin, remote)
 
 
+def newest_version(dvc_file: str, repository: str = "", revision: str = "") -> str:
+    """The md5 of the newest data version: what a .dvc file pins now.
+
+    `dvc_file`: a path; with `repository` (the address or folder of a Git repository) a path in it, as it is at
+    `revision` (a branch, a tag; "": the default branch). Raises DataError when it cannot be had.
+    """
+    if not repository:
+        return _pinned(Path(dvc_file))["md5"]
+    # the command `dvc get` gives the data that a .dvc file names, not the file
+    from dvc.api import read  # type: ignore[import-untyped]
+    from dvc.exceptions import DvcException  # type: ignore[import-untyped]
+    from scmrepo.exceptions import SCMError
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "newest.dvc"
+        try:
+            copy.write_text(read(dvc_file, repo=repository, rev=revision or None), encoding="utf-8")
+        except (DvcException, SCMError, OSError, ValueError) as fault:
+            raise DataError(
+                f"reading {dvc_file} of the Git repository {repository}{f' at {revision}' if revision else ''}: "
+                f"{' '.join(str(fault).split())[:500]}; look at the address, the revision and the path"
+            ) from None
+        return _pinned(copy)["md5"]
+
+
 def fetch_coco(annotations: Sequence[Path], images: Path) -> dict[str, Any]:
     """Read COCO instances files, find every image they name below `images`, and give all of it one fingerprint.
 
@@ -73,25 +100,27 @@ def fetch_coco(annotations: Sequence[Path], images: Path) -> dict[str, Any]:
     """
     digest = hashlib.md5(usedforsecurity=False)
     n_images = 0
+    source = open_images(images)
     for file in annotations:
         digest.update(fingerprint(file).encode())
         names = sorted(image.file_name for image in read_instances(file).images)
-        for name, size in _sizes(file, images, names):
+        for name, size in _sizes(file, source, names):
             digest.update(f"{name}\0{size}\0".encode())
         n_images += len(names)
     return {"path": str(images), "md5": digest.hexdigest(), "images": n_images}
 
 
-def _sizes(file: Path, images: Path, names: Iterable[str]) -> Iterable[tuple[str, int]]:
+def _sizes(file: Path, images: ImageSource, names: Iterable[str]) -> Iterable[tuple[str, int]]:
     found, missing = [], []
     for name in names:
-        try:
-            found.append((name, safe_image_path(images, name).stat().st_size))
-        except FileNotFoundError:
+        size = images.stored_bytes(name)
+        if size is None:
             missing.append(name)
+        else:
+            found.append((name, size))
     if missing:
         raise DataError(
-            f"looking for the images of {file} in {images}: {len(missing)} of {len(found) + len(missing)} are not "
+            f"looking for the images of {file} in {images.path}: {len(missing)} of {len(found) + len(missing)} are not "
             f"there, for example {missing[0]}; give the folder that the file_name entries start from"
         )
     return found
@@ -111,7 +140,8 @@ def _pinned(dvc_file: Path) -> dict[str, str]:
 
 def _dvc(arguments: Sequence[str], folder: Path, doing: str) -> str:
     program = shutil.which("dvc") or str(Path(sys.executable).with_name("dvc"))
-    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    # two layers below DVC try again, five times each: a dead storage would be told after minutes
+    environment = {"AWS_MAX_ATTEMPTS": "2", **os.environ, "DVC_NO_ANALYTICS": "1"}
     try:
         done = subprocess.run(
             [program, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False

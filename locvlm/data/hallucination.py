@@ -1,21 +1,40 @@
-"""Presence questions with known answers (the paper's Hal sets, section 4.4): is there a dog in the image?"""
+"""Presence questions with known answers (the paper's Hal sets, section 4.4): is there a dog in the image?
+
+Hal-COCO asks about COCO objects, Hal-ADE about classes that COCO does not have, Hal-Act about what a video shows.
+"""
 
 import random
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from locvlm.data.coco import Instances, absent_categories
 from locvlm.errors import DataError
 from locvlm.prompts import hallucination_question
 
-FEW_PRESENT = "fewer categories in the image than questions asked about present ones"
-FEW_ABSENT = "fewer categories missing from the image than questions asked about absent ones"
+Medium = Literal["image", "video"]
+
+FEW_PRESENT = "fewer categories present than questions asked about present ones"
+FEW_ABSENT = "fewer categories absent than questions asked about absent ones"
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What one image or video shows: `present` and `absent` names of one class list. `key` begins the ids of its
+    questions and keys its draws; `size`: (width, height) in pixels where it is known."""
+
+    key: str
+    file_name: str
+    present: Sequence[str]
+    absent: Sequence[str]
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PresenceSet:
-    """`rows`: the lines of questions.jsonl. `counts`: images, questions, yes, no. `skipped`: reason -> images."""
+    """`rows`: the lines of questions.jsonl. `counts`: images (or videos), questions, yes, no. `skipped`: reason ->
+    images (or videos)."""
 
     rows: list[dict[str, Any]]
     counts: dict[str, int]
@@ -23,11 +42,15 @@ class PresenceSet:
 
 
 def build_presence(instances: Instances, seed: int, per_image: int = 2) -> PresenceSet:
-    """`per_image` present and as many absent categories asked for in every image, so that chance is one half.
+    """Hal-COCO: `ask_presence` of annotated images. A crowd region makes its category present."""
+    return ask_presence(_shown(instances), seed, per_image)
 
-    Both are drawn without replacement, absent ones uniformly from the categories of the file; a crowd region makes
-    its category present. An image with too few of either is skipped. Draws are keyed by (seed, image id).
-    Raises DataError when `per_image` is below 1.
+
+def ask_presence(shown: Iterable[Shown], seed: int, per_image: int = 2, medium: Medium = "image") -> PresenceSet:
+    """`per_image` present and as many absent categories asked for in every image or video, so that chance is one half.
+
+    Both are drawn without replacement, absent ones uniformly from the class list. What has too few of either is
+    skipped. Draws are keyed by (seed, key). Raises DataError when `per_image` is below 1.
     """
     if per_image < 1:
         raise DataError(
@@ -35,29 +58,31 @@ def build_presence(instances: Instances, seed: int, per_image: int = 2) -> Prese
         )
     rows: list[dict[str, Any]] = []
     skipped: Counter[str] = Counter()
-    n_images = 0
+    n = 0
+    for one in shown:
+        if min(len(one.present), len(one.absent)) < per_image:
+            skipped[FEW_PRESENT if len(one.present) < per_image else FEW_ABSENT] += 1
+            continue
+        n += 1
+        rng = random.Random(f"{seed}/presence/{one.key}")
+        asked = [(name, "yes") for name in rng.sample(sorted(one.present), per_image)]
+        asked += [(name, "no") for name in rng.sample(list(one.absent), per_image)]
+        rows += [_row(one, medium, number, name, reference) for number, (name, reference) in enumerate(asked)]
+    half = n * per_image
+    return PresenceSet(rows, {f"{medium}s": n, "questions": 2 * half, "yes": half, "no": half}, skipped)
+
+
+def _row(one: Shown, medium: Medium, number: int, name: str, reference: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": f"{one.key}-presence-{number}", "task": "presence", "image": one.file_name}
+    if medium != "image":
+        row["medium"] = medium
+    if one.size is not None:
+        row["width"], row["height"] = one.size
+    return {**row, "prompt": hallucination_question(name, medium), "reference": reference, "category": name}
+
+
+def _shown(instances: Instances) -> Iterator[Shown]:
     for image in instances.images:
         present = sorted({thing.category for thing in image.objects})
         absent = absent_categories(image, instances.categories)
-        if min(len(present), len(absent)) < per_image:
-            skipped[FEW_PRESENT if len(present) < per_image else FEW_ABSENT] += 1
-            continue
-        n_images += 1
-        rng = random.Random(f"{seed}/presence/{image.id}")
-        asked = [(name, "yes") for name in rng.sample(present, per_image)]
-        asked += [(name, "no") for name in rng.sample(absent, per_image)]
-        rows += [
-            {
-                "id": f"{image.id}-presence-{number}",
-                "task": "presence",
-                "image": image.file_name,
-                "width": image.width,
-                "height": image.height,
-                "prompt": hallucination_question(name),
-                "reference": reference,
-                "category": name,
-            }
-            for number, (name, reference) in enumerate(asked)
-        ]
-    half = n_images * per_image
-    return PresenceSet(rows, {"images": n_images, "questions": 2 * half, "yes": half, "no": half}, skipped)
+        yield Shown(str(image.id), image.file_name, present, absent, (image.width, image.height))

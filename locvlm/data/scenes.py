@@ -23,7 +23,9 @@ from PIL import Image
 from locvlm.data.coco import read_instances
 from locvlm.data.conversations import llava_record
 from locvlm.data.generic import build_generic, joined_names, read_captions
+from locvlm.data.shards import pack_images
 from locvlm.errors import DataError
+from locvlm.pixels import open_images
 from locvlm.records import Manifest, atomic_write, read_manifest, write_manifest
 
 DRAWING = 1  # number of this drawing; raise it when the same seed would give other pictures
@@ -37,6 +39,7 @@ _N_OBJECTS = ((2, 0.18), (3, 0.36), (4, 0.46))  # objects an image and their sha
 _P_DUPLICATE = 0.12  # share of images in which one category occurs twice
 _P_CROWD = 0.03  # share of images in which one object is a crowd region
 _TRIES = 80  # places tried for one object before it is left out
+_SHARD_BYTES = 64 << 20
 _FIRST_TEST_ID = 500_001  # image ids of the test split start here, whatever the size of the training split
 
 
@@ -95,7 +98,9 @@ class _Scene:
     things: tuple[_Thing, ...]
 
 
-def draw_scenes(output: Path, seed: int, n_train: int, n_test: int, *, force: bool = False) -> None:
+def draw_scenes(
+    output: Path, seed: int, n_train: int, n_test: int, *, shards: bool = False, force: bool = False
+) -> None:
     """Draw `n_train` + `n_test` scenes into the folder `output`.
 
     The folder gets images/{train,test}/NNNNNN.png, instances_{train,test}.json and captions_{train,test}.json (COCO
@@ -103,6 +108,8 @@ def draw_scenes(output: Path, seed: int, n_train: int, n_test: int, *, force: bo
     `locvlm.data.generic`) and, last, manifest.json. A scene depends on
     (seed, split, image id) alone, so a larger set begins with the smaller one; two runs give the same bytes.
 
+    With `shards` the images lie in images/ as tar shards with an index (`locvlm.data.shards`) instead of loose files:
+    what a data version should hold.
     A finished folder of the same seed and sizes is left as it is. Raises DataError for a folder that holds something
     else; `force` replaces it when it is a finished folder of drawn scenes, never anything else.
     """
@@ -111,7 +118,7 @@ def draw_scenes(output: Path, seed: int, n_train: int, n_test: int, *, force: bo
             f"drawing scenes: {n_train} training and {n_test} test scenes were asked for; "
             f"each must lie between 1 and {_FIRST_TEST_ID - 1}"
         )
-    wanted = {"drawing": DRAWING, "seed": seed, "test": n_test, "train": n_train}
+    wanted = {"drawing": DRAWING, "seed": seed, "test": n_test, "train": n_train, **({"shards": 1} if shards else {})}
     if _already_there(output, wanted, force):
         return
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +130,8 @@ def draw_scenes(output: Path, seed: int, n_train: int, n_test: int, *, force: bo
             counts += _draw_split(folder, seed, split, range(first_id, first_id + n))
         counts += _write_questions(folder, seed)
         counts["images"] = n_train + n_test
+        if shards:
+            _pack(folder)
         extra = {"scenes": wanted, "categories": [category.name for category in CATEGORIES]}
         write_manifest(folder, Manifest("scenes", counts=dict(sorted(counts.items())), seed=seed, extra=extra))
         _move_into_place(folder, output)
@@ -149,6 +158,16 @@ def _already_there(output: Path, wanted: dict[str, int], force: bool) -> bool:
             "name another folder, or pass --force to replace it"
         )
     return False
+
+
+def _pack(folder: Path) -> None:
+    """Put shards in the place of the loose images."""
+    loose = folder / "loose"
+    (folder / "images").rename(loose)
+    (folder / "images").mkdir()
+    source = open_images(loose)
+    pack_images(source, source.names(), folder / "images", _SHARD_BYTES)
+    shutil.rmtree(loose)
 
 
 def _move_into_place(folder: Path, output: Path) -> None:

@@ -1,6 +1,5 @@
-"""Pictures for the report, all of them text that goes into the page: loss curves and images as data URIs."""
+"""Drawings for the report, as text that goes into the page: loss curves."""
 
-import base64
 import html
 import io
 import re
@@ -8,18 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from locvlm.errors import DataError
-from locvlm.pixels import open_image
 from locvlm.records import read_jsonl
 
-_SMALL = 256  # pixels; a smaller image is enlarged by whole pixels, so that it shows what the model saw
-_ENLARGED = 384
-_LARGEST = 640
 # colours that stand for the page's own, so that the drawing follows light and dark
 _INK, _FAINT = "#010203", "#040506"
-_ARMS = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04")
+_ARMS = tuple(f"#0a0b0{number}" for number in range(1, 9))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,39 +72,6 @@ def curves_svg(curves: Sequence[Curve]) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _themed(buffer.getvalue(), "Loss against steps: " + ", ".join(curve.label for curve in curves))
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """An image ready for the page; `width`, `height` in its own pixels, which is what boxes are given in."""
-
-    uri: str
-    width: int
-    height: int
-
-
-def picture(path: Path) -> Picture:
-    """Embed an image: a small one enlarged with nearest-neighbour, a large one reduced. Raises DataError."""
-    image = open_image(path)
-    width, height = image.size
-    longest = max(width, height)
-    if longest < _SMALL:
-        factor = max(1, _ENLARGED // longest)
-        shown = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
-        return Picture(_data_uri(shown, "png"), width, height)
-    if longest > _LARGEST:
-        scale = _LARGEST / longest
-        image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.LANCZOS)
-    return Picture(_data_uri(image, "jpeg"), width, height)
-
-
-def _data_uri(image: Image.Image, kind: str) -> str:
-    buffer = io.BytesIO()
-    if kind == "png":
-        image.save(buffer, "PNG", optimize=True)
-    else:
-        image.save(buffer, "JPEG", quality=85)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

@@ -1,12 +1,11 @@
 """LocPred and NegPred as a test: where is it, and is it there at all (the learning signal of small models)."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from locvlm.coordinates import LocationFormat
 from locvlm.errors import DataError
-from locvlm.evaluation.metrics import Floor, Sums, box_iou, inside
+from locvlm.evaluation.metrics import Floor, Sums
 from locvlm.evaluation.questions import (
     Question,
     QuestionSet,
@@ -17,11 +16,12 @@ from locvlm.evaluation.questions import (
     size_of,
     text_of,
 )
+from locvlm.geometry import box_iou, inside
+from locvlm.prompts import says_absent
 from locvlm.records import BoxXYXY, Conversation, Turn
 
 OBJECTIVES = ("loc_pred", "neg_pred")
 REFUSED = "absent"
-_REFUSAL = re.compile(r"\bno such\b|^\W*there(?: is|'s| are) no\b", re.IGNORECASE)
 
 
 def question(row: Mapping[str, Any]) -> Question:
@@ -80,7 +80,7 @@ class LocalizationScorer(Scorer):
         place = self._location.decode(answer, question.reference["width"], question.reference["height"])
         if place is not None:
             return list(place)
-        return REFUSED if _REFUSAL.search(answer) else None
+        return REFUSED if says_absent(answer) else None
 
     def sums(self, answer: str | None, question: Question) -> Sums:
         """See Scorer. `parse_failure_rate` counts every loc_pred answer without a readable place, refusals included;

@@ -1,16 +1,13 @@
 """Questions -> answers of a model, batch by batch; an interrupted run continues where it stopped.
 
-The model comes in through `Answerer`, so this file knows no torch. Finished answers lie in FILE.partial.jsonl until the
-last one is there; then FILE and FILE's .meta.json appear.
+The model comes in through `Model`, so this file knows no torch. Finished answers lie in FILE.partial.jsonl until the
+last one is there; then FILE and FILE's .meta.json appear, which says what was asked of which model and how.
 """
 
 import json
 import logging
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,128 +15,204 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from locvlm import __version__
-from locvlm.config import EvaluationConfig, ExperimentConfig
-from locvlm.data.coco import safe_image_path
-from locvlm.errors import CheckpointError, ConfigError, DataError
+from locvlm.config import EvaluationConfig, ExperimentConfig, FamilyConfig, VideoConfig
+from locvlm.errors import ConfigError, DataError, UserError
+from locvlm.evaluation.asks import Ask, Engine, Unanswered, ask_all, fill, locate
+from locvlm.evaluation.inference import run_batches
+from locvlm.evaluation.progress import progress
 from locvlm.evaluation.questions import Question, Scorer, spread
 from locvlm.evaluation.score import meta_path, read_meta
 from locvlm.evaluation.tasks import Task, read_set
-from locvlm.pixels import open_image
-from locvlm.records import atomic_write, fingerprint, read_json, write_json, write_jsonl
+from locvlm.evaluation.wording import OUT_OF_SIGHT
+from locvlm.pixels import ImageSource, open_images
+from locvlm.prompts import render_prompt
+from locvlm.records import atomic_write, fingerprint, write_json, write_jsonl
 
 log = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LINES = 20.0
-_CONFIG_FILE = "locvlm.yaml"  # what every checkpoint of ours holds; the model package itself would bring in torch
+_MOST_FAILED = 0.5  # share of the questions asked so far; more, and something is wrong with the run itself
+_ENOUGH = 100  # questions before that share means anything, in a set that has as many
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One question for the model: `prompt` is the user's words alone, `image` a path."""
+class Model(Protocol):
+    """What --model names. `open` travels to workers by pickle."""
 
-    id: str
-    image: Path
-    prompt: str
+    def identity(self) -> dict[str, Any]:
+        """What decides its answers; `model` is among the keys."""
 
+    def describe(self) -> ExperimentConfig | FamilyConfig:
+        """How it is asked, found without its weights."""
 
-class Answerer(Protocol):
-    """A model that answers questions about images."""
+    def receipt(self) -> Any:
+        """What training wrote beside it; None where there is nothing."""
 
-    @property
-    def config(self) -> ExperimentConfig:
-        """The config that the model was trained with; evaluation takes coordinates, geometry and prompts from it."""
-
-    def answers(self, asks: Sequence[Ask], decoding: EvaluationConfig) -> list[str]:
-        """One answer an ask, in order."""
+    def open(self) -> Engine:
+        """Ready to answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One task on one data set, into one file."""
+    """One task on one data set, into one file. `split`: of a data file that holds several."""
 
     task: Task
     data: Path
     output: Path
+    split: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What all jobs of one call share. `decoding` overrides single values of the checkpoint's evaluation section."""
+    """What all jobs of one call share. `images`: folders in which an image is looked for in turn (see `asks.locate`);
+    `decoding` overrides single values of the model's evaluation section; `n_workers`: see `inference.run_batches`."""
 
-    model: Path
-    images: Path
+    images: Sequence[Path]
     limit: int | None = None
     decoding: Mapping[str, Any] | None = None
     overwrite: bool = False
+    n_workers: int = 1
 
 
-def predict(jobs: Sequence[Job], options: Options, open_model: Callable[[Path], Answerer]) -> None:
-    """Run the jobs that are not finished yet; the model is opened once, and not at all when nothing is left to do.
+def predict(
+    jobs: Sequence[Job], options: Options, model: Model, on_fault: Callable[[Job, UserError], None] | None = None
+) -> None:
+    """Run the jobs that are not finished yet; the model is not opened when nothing is left to do.
 
-    A finished job is one whose output was made from the same data by the same model with the same settings. An image
-    that cannot be read makes its questions failures; the run goes on. Raises DataError when an output holds something
-    else, or when every question of a job failed; CheckpointError for a model folder that is none.
+    A finished job is one whose output was made from the same data by the same model, asked in the same way with the
+    same settings. What cannot be asked or answered (an image that does not decode, a request that an endpoint refuses)
+    is a failure and counts as wrong; the run goes on. The file is the same whatever the number of workers and however
+    often the run was interrupted. Raises DataError when an output holds something else, and when more than half of the
+    questions fail; what `read_set` raises too. With `on_fault` what is wrong with a job is told to it, and the other
+    jobs go on; an output that holds something else is refused before any of them begins.
     """
-    if not options.images.is_dir():
-        raise DataError(f"predicting: the image folder {options.images} does not exist; give it with --images")
-    if not (options.model / _CONFIG_FILE).is_file():  # told before 14 GB are read for their fingerprint
-        found = "there is no such folder" if not options.model.is_dir() else f"{_CONFIG_FILE} is missing"
-        raise CheckpointError(
-            f"predicting with the model {options.model}: {found}, so this is not a whole LocVLM checkpoint; "
-            "give the output folder of `locvlm train`"
-        )
-    print_of_model = fingerprint(options.model)
+    for folder in options.images:
+        if not folder.is_dir():
+            raise DataError(f"predicting: the image folder {folder} does not exist; give it with --images")
+    config = model.describe()
+    shared = {**model.identity(), "asked": asked_of(config)}
     todo = []
     for job in jobs:
-        identity = _identity(job, options, print_of_model)
-        if not _is_done(job, identity, options.overwrite):
+        identity = _identity(job, options, shared)
+        if not is_done(f"predicting {job.task.name}", job.output, identity, options.overwrite):
             todo.append((job, identity))
     if not todo:
         return
-    model = open_model(options.model)
-    decoding = _decoding(model.config, options.decoding or {})
+    images = [open_images(folder.resolve()) for folder in options.images]  # a worker may stand in another folder
+    opened = _Opened(model)
+    decoding = _decoding(config, options.decoding or {})
     for job, identity in todo:
-        _Run(job, options, model, decoding, identity).run()
+        try:
+            run = _Run(job, options, images, opened, config, decoding, identity)
+        except UserError as fault:  # a set that cannot be read, or not be put to this model
+            _tell(job, fault, on_fault)
+            continue
+        try:
+            run.run()
+        except DataError as fault:  # what is wrong with the model itself stops all jobs
+            _tell(job, fault, on_fault)
+
+
+def _tell(job: Job, fault: UserError, on_fault: Callable[[Job, UserError], None] | None) -> None:
+    if on_fault is None:
+        raise fault
+    on_fault(job, fault)
+
+
+def asked_of(config: ExperimentConfig | FamilyConfig) -> dict[str, Any]:
+    """How a model is asked, for the file beside its answers: the text around a question, the pixels, the text of
+    places."""
+    if isinstance(config, FamilyConfig):
+        return config.model_dump(mode="json", exclude_none=True, exclude={"evaluation"})
+    return {
+        "family": "locvlm",
+        "layout": render_prompt("{question}", config.prompts.system),
+        "coordinates": config.coordinates.model_dump(mode="json"),
+        "geometry": config.geometry.model_dump(mode="json"),
+        "prompts": config.prompts.model_dump(mode="json"),
+    }
+
+
+class _Opened:
+    """The model, opened once in this process however many jobs there are; a worker opens its own."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._engine: Engine | None = None
+
+    def __call__(self) -> Engine:
+        if self._engine is None:
+            self._engine = self.model.open()
+        return self._engine
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Opened, (self.model,)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a worker does with a batch of questions: one answer each. Travels to it by pickle."""
+
+    images: Sequence[ImageSource]
+    decoding: EvaluationConfig
+    video: VideoConfig | None
+
+    def __call__(self, engine: Engine, batch: Sequence[Question]) -> list[str | Unanswered]:
+        asks = [self._ask(question) for question in batch if question.prompt]
+        answered = iter(ask_all(engine, asks, self.decoding))
+        return [next(answered) if question.prompt else Unanswered(OUT_OF_SIGHT) for question in batch]
+
+    def _ask(self, question: Question) -> Ask:
+        """An image that no folder has is asked of the first, which tells what is missing."""
+        source, name = locate(self.images, question.image) or (self.images[0], question.image)
+        return Ask(question.id, source, name, question.prompt, question.mirror, self.video)
 
 
 class _Run:
     """One job under way."""
 
     def __init__(
-        self, job: Job, options: Options, model: Answerer, decoding: EvaluationConfig, identity: dict[str, Any]
+        self,
+        job: Job,
+        options: Options,
+        images: Sequence[ImageSource],
+        opened: _Opened,
+        config: ExperimentConfig | FamilyConfig,
+        decoding: EvaluationConfig,
+        identity: dict[str, Any],
     ) -> None:
-        self._job, self._options, self._model, self._decoding = job, options, model, decoding
-        self._identity = identity
-        self._set = read_set(job.task, job.data, model.config)
+        self._job, self._options, self._config, self._decoding = job, options, config, decoding
+        self._opened, self._identity = opened, identity
+        self._set = read_set(job.task, job.data, config, split=job.split)
         self._scorer: Scorer = job.task.scorer(self._set)
         self._questions = spread(self._set.questions, options.limit)
-        self._partial = _partial_path(job.output)
-        self._faults: dict[str, str] = {}
+        self._partial = partial_path(job.output)
+        self._work = _Work(images, decoding, config.video)
+        self._failed: dict[str, str] = {}
 
     def run(self) -> None:
         """Ask what is not answered yet, then put the files under their final names."""
-        size = self._decoding.batch_size
         # the same batches whether interrupted or not: what shares a batch may touch the last bits of a number
-        batches = [self._questions[begin : begin + size] for begin in range(0, len(self._questions), size)]
-        done = self._resume(batches)
-        rows: list[dict[str, Any]] = []
+        batches = fill(_by_image(self._questions), self._decoding.batch_size)
+        rows = self._resume(batches)
+        todo = [batch for batch in batches if batch[0].id not in rows]
+        n_asked = len(rows)
         with (
-            _progress(self._job.task.name, len(self._questions)) as advance,
+            progress(self._job.task.name, len(self._questions)) as advance,
             open(self._partial, "a", encoding="utf-8") as file,
         ):
-            for batch in batches:
-                if all(question.id in done for question in batch):
-                    new = [done[question.id] for question in batch]
-                else:
-                    new = self._answer(batch)
-                    _append(file, new)
-                rows += new
-                advance(len(batch))
-        self._finish(rows)
+            advance(n_asked)
+            for number, answers in run_batches(self._opened, self._work, todo, self._options.n_workers):
+                new = [self._row(q, answer) for q, answer in zip(todo[number], answers, strict=True)]
+                # a question that failed is asked again when the command is
+                append_rows(file, [row for row in new if "failure" not in row])
+                rows |= {row["id"]: row for row in new}
+                n_asked += len(new)
+                self._refuse_if_most_failed(n_asked)
+                advance(len(new))
+        self._finish([rows[question.id] for question in self._questions])
 
     def _resume(self, batches: Sequence[Sequence[Question]]) -> dict[str, dict[str, Any]]:
         """The rows of the whole batches of an interrupted run of the same job; a torn tail is dropped."""
-        found = {row["id"]: row for row in _read_partial(self._partial, self._identity, self._options.overwrite)}
+        found = {row["id"]: row for row in read_partial(self._partial, self._identity, self._options.overwrite)}
         whole = [batch for batch in batches if all(question.id in found for question in batch)]
         done = {question.id: found[question.id] for batch in whole for question in batch}
         if done:
@@ -149,53 +222,43 @@ class _Run:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in done.values())
         return done
 
-    def _answer(self, batch: Sequence[Question]) -> list[dict[str, Any]]:
-        asks: dict[str, Ask] = {}
-        faults: dict[str, str] = {}
-        for question in batch:
-            path, fault = self._image(question.image)
-            if path is None:
-                faults[question.id] = fault
-            else:
-                asks[question.id] = Ask(question.id, path, question.prompt)
-        texts = self._model.answers(list(asks.values()), self._decoding) if asks else []
-        answers = dict(zip(asks, texts, strict=True))
-        rows = []
-        for question in batch:
-            row = {
-                "id": question.id,
-                "task": self._job.task.name,
-                "image": question.image,
-                "prompt": question.prompt,
-                "answer": answers.get(question.id, ""),
-                "parsed": self._scorer.parse(answers[question.id], question) if question.id in answers else None,
-                "reference": question.reference,
-            }
-            if question.boxes:
-                row["boxes"] = {name: list(box) for name, box in question.boxes.items()}
-            if question.id in faults:
-                row["failure"] = faults[question.id]
-            rows.append(row)
-        return rows
+    def _row(self, question: Question, answer: str | Unanswered) -> dict[str, Any]:
+        fault = answer.reason if isinstance(answer, Unanswered) else ""
+        said = "" if isinstance(answer, Unanswered) else answer
+        row = {
+            "id": question.id,
+            "task": self._job.task.name,
+            "image": question.image,
+            "prompt": question.prompt,
+            "answer": said,
+            "parsed": None if fault else self._scorer.parse(said, question),
+            "reference": question.reference,
+        }
+        if question.mirror:
+            row["mirror"] = True
+        if question.boxes:
+            row["boxes"] = {name: list(box) for name, box in question.boxes.items()}
+        if fault:
+            row["failure"] = self._failed[question.id] = fault
+        return row
 
-    def _image(self, name: str) -> tuple[Path | None, str]:
-        """The path of an image, or why it cannot be shown to the model. Each image is tried once."""
-        if name not in self._faults:
-            self._faults[name] = _image_fault(self._options.images, name)
-        fault = self._faults[name]
-        return (None, fault) if fault else (safe_image_path(self._options.images, name), "")
+    def _refuse_if_most_failed(self, n_asked: int) -> None:
+        n = len(self._failed)
+        if n <= _MOST_FAILED * max(n_asked, min(len(self._questions), _ENOUGH)):
+            return
+        if n == n_asked:
+            self._partial.unlink()
+        kept = "" if n == n_asked else "; the answers until now are kept"
+        raise DataError(
+            f"predicting {self._job.task.name}: {n} of the {n_asked} questions asked until now failed{kept}; the "
+            f"first: {next(iter(self._failed.values()))}; mend that and run the command again"
+        )
 
     def _finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
         job = self._job
-        failed = {row["id"]: row["failure"] for row in rows if "failure" in row}
-        if len(failed) == len(rows):
-            self._partial.unlink()
-            raise DataError(
-                f"predicting {job.task.name}: none of the {len(rows)} questions could be asked; the first: "
-                f"{next(iter(failed.values()))}; check --images"
-            )
         write_jsonl(job.output, rows)
-        config = self._model.config
+        config = self._config.model_dump(mode="json", exclude_none=isinstance(self._config, FamilyConfig))
+        failed = {row["id"]: row["failure"] for row in rows if "failure" in row}
         meta = {
             "task": job.task.name,
             "dataset": self._set.name,
@@ -203,9 +266,9 @@ class _Run:
             "n": len(rows),
             "limit": self._options.limit,
             "decoding": self._decoding.model_dump(mode="json"),
-            "prompts": config.prompts.model_dump(mode="json"),
-            "config": config.model_dump(mode="json"),
-            "model": {"fingerprint": self._identity["model"], "receipt": _receipt(self._options.model)},
+            "prompts": self._config.prompts.model_dump(mode="json"),
+            "config": config,
+            "model": {"fingerprint": self._identity["model"], "receipt": self._opened.model.receipt()},
             "categories": list(self._set.categories),
             "failed": failed,
             "locvlm": __version__,
@@ -218,37 +281,49 @@ class _Run:
         log.info("%s: %d answers in %s", job.task.name, len(rows), job.output)
 
 
-def _identity(job: Job, options: Options, print_of_model: str) -> dict[str, Any]:
+def _by_image(questions: Sequence[Question]) -> Iterator[list[Question]]:
+    """The questions image by image, the images by their longest prompt, so that batches hold little padding."""
+    images: dict[tuple[str, bool], list[Question]] = {}
+    for question in questions:
+        images.setdefault((question.image, question.mirror), []).append(question)
+    yield from sorted(images.values(), key=lambda alike: max(len(question.prompt) for question in alike))
+
+
+def _identity(job: Job, options: Options, shared: Mapping[str, Any]) -> dict[str, Any]:
     """What decides every answer; equal identities give equal files."""
     if not job.data.exists():
         raise DataError(f"predicting {job.task.name}: there is no data {job.data}")
     return {
         "task": job.task.name,
         "data": fingerprint(job.data),
-        "model": print_of_model,
+        **({} if job.split is None else {"split": job.split}),
+        **shared,
         "limit": options.limit,
         "overrides": dict(sorted((options.decoding or {}).items())),
     }
 
 
-def _is_done(job: Job, identity: Mapping[str, Any], overwrite: bool) -> bool:
-    if not job.output.exists() or overwrite:
+def is_done(doing: str, output: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether `output` holds what `identity` asks for; `doing` begins the messages. Raises DataError when it holds
+    something else."""
+    if not output.exists() or overwrite:
         return False
-    if job.output.is_dir():
-        raise DataError(f"predicting {job.task.name}: the output {job.output} is a folder; name a file")
-    found = read_meta(job.output).get("identity")
-    if found is None and _partial_path(job.output).is_file():
+    if output.is_dir():
+        raise DataError(f"{doing}: the output {output} is a folder; name a file")
+    found = read_meta(output).get("identity")
+    if found is None and partial_path(output).is_file():
         return False  # stopped between the last two steps
     if found == identity:
-        log.info("%s: %s is complete already (same model, data and settings)", job.task.name, job.output)
+        log.info("%s: %s is complete already (same model, data and settings)", doing, output)
         return True
     raise DataError(
-        f"predicting {job.task.name}: {job.output} exists and was made otherwise ({_differences(found, identity)}); "
+        f"{doing}: {output} exists and was made otherwise ({differences(found, identity)}); "
         "name another output, or pass --overwrite"
     )
 
 
-def _differences(found: Any, wanted: Mapping[str, Any]) -> str:
+def differences(found: Any, wanted: Mapping[str, Any]) -> str:
+    """What two identities disagree on, for a message."""
     if not isinstance(found, dict):
         return "nothing beside it says how"
     return "; ".join(
@@ -258,7 +333,7 @@ def _differences(found: Any, wanted: Mapping[str, Any]) -> str:
     )
 
 
-def _decoding(config: ExperimentConfig, overrides: Mapping[str, Any]) -> EvaluationConfig:
+def _decoding(config: ExperimentConfig | FamilyConfig, overrides: Mapping[str, Any]) -> EvaluationConfig:
     values = {**config.evaluation.model_dump(), **overrides}
     try:
         return EvaluationConfig.model_validate(values)
@@ -267,11 +342,14 @@ def _decoding(config: ExperimentConfig, overrides: Mapping[str, Any]) -> Evaluat
         raise ConfigError(f"setting how the model answers: {told}") from None
 
 
-def _partial_path(output: Path) -> Path:
+def partial_path(output: Path) -> Path:
+    """Where the finished answers of an unfinished run lie."""
     return output.with_name(f"{output.name}.partial.jsonl")
 
 
-def _read_partial(path: Path, identity: Mapping[str, Any], overwrite: bool) -> list[dict[str, Any]]:
+def read_partial(path: Path, identity: Mapping[str, Any], overwrite: bool) -> list[dict[str, Any]]:
+    """The rows that an interrupted run of the same identity left; a line cut short is dropped. Raises DataError for a
+    file of another run."""
     if not path.is_file() or overwrite:
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # the last element is empty, or a line cut short
@@ -284,56 +362,14 @@ def _read_partial(path: Path, identity: Mapping[str, Any], overwrite: bool) -> l
         ) from None
     if found != identity:
         raise DataError(
-            f"continuing from {path}: it was begun otherwise ({_differences(found, identity)}); "
+            f"continuing from {path}: it was begun otherwise ({differences(found, identity)}); "
             "name another output, or pass --overwrite"
         )
     return rows
 
 
-def _append(file: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def append_rows(file: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows to a partial file and have them on the disk."""
     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     file.flush()
     os.fsync(file.fileno())
-
-
-def _image_fault(folder: Path, name: str) -> str:
-    """Why the image cannot be shown to a model; empty when it can."""
-    try:
-        open_image(safe_image_path(folder, name))
-    except DataError as fault:
-        return str(fault).replace(f"{folder}/", "")
-    return ""
-
-
-def _receipt(model: Path) -> Any:
-    path = model / "receipt.json"
-    return read_json(path) if path.is_file() else None
-
-
-@contextmanager
-def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, else a line now and then."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(name, total=total)
-            yield lambda n: bar.advance(task, n)
-        return
-    done = 0
-    begin = last = time.monotonic()
-
-    def advance(n: int) -> None:
-        nonlocal done, last
-        done += n
-        now = time.monotonic()
-        if now - last >= _SECONDS_BETWEEN_LINES and done < total:
-            last = now
-            rate = done / (now - begin)
-            log.info(
-                "%s: %d of %d answers, %.1f a second, %.0f s to go", name, done, total, rate, (total - done) / rate
-            )
-
-    yield advance

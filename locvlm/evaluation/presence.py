@@ -46,7 +46,7 @@ class PresenceScorer(Scorer):
         positive = question.reference == "yes"
         said_yes = (not positive) if answer is None else pope_official(answer) == "yes"
         hit = said_yes and positive
-        sums = {
+        sums: Sums = {
             "accuracy": (float(said_yes == positive), 1.0),
             "yes_ratio": (float(said_yes and answer is not None), 1.0),
             "unparsable_rate": (float(answer is not None and _READABLE.search(answer) is None), 1.0),

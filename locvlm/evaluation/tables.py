@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from locvlm.evaluation.metrics import Difference, Figure, paired_difference
+from locvlm.errors import DataError
+from locvlm.evaluation.metrics import Difference, Figure, paired_difference, refuse_other_judges
 from locvlm.evaluation.tasks import TASKS
 
 PAPER_NOTE = "The paper's models have 7 billion parameters and were measured on COCO photographs."
@@ -21,6 +22,12 @@ TITLES = {
     "pope": "Is it in the image? (POPE)",
     "localization": "Where is it?",
     "region-description": "What is at this place?",
+    "vqav2": "VQAv2",
+    "gqa": "GQA",
+    "activitynet-qa": "ActivityNet-QA",
+    "msrvtt-qa": "MSRVTT-QA",
+    "msvd-qa": "MSVD-QA",
+    "tgif-qa": "TGIF-QA",
 }
 
 LABELS = {
@@ -47,9 +54,29 @@ LABELS = {
     "neg_f1": "Absent: F1",
     "names_category": "Names the right category",
     "names_nothing": "Names no category",
+    "meteor": "METEOR",
+    "meteor_stripped": "METEOR without the template's beginning",
+    "accuracy_always_normalised": "Accuracy, always normalised",
+    "accuracy_yes_no": "Accuracy of yes/no questions",
+    "accuracy_number": "Accuracy of number questions",
+    "accuracy_other": "Accuracy of other questions",
+    "consistency": "Right about the image and its mirror image",
+    "flips": "Answers that turn with the image",
+    "contains": "Answer contains the reference",
+    "accuracy_of_judged": "Accuracy where the judge was understood",
+    "judge_score": "Mean score of the judge, of 5",
 }
 
+REGION_SPLITS = {
+    "refcoco_testB": ("refcoco-testB", "refcoco_testB"),
+    "refcoco_plus_testB": ("refcoco+-testB", "refcoco+_testB"),
+    "refcocog_val": ("refcocog-val", "refcocog_val"),
+    "refcocog_test": ("refcocog-test", "refcocog_test"),
+}  # column of Table 10 -> names of the data
+
 _LESS_IS_BETTER = {"parse_failure_rate", "refusal_rate", "unparsable_rate", "names_nothing"}
+# task -> column of Table 5
+_SHORT_ANSWERS = {"vqav2": ("vqa_v", "Table 5, VQAv2 val"), "gqa": ("gqa_testdev", "Table 5, GQA test-dev")}
 _NEITHER = {"yes_ratio", "opposite_reading", "answered"}
 
 
@@ -112,10 +139,16 @@ class TaskTable:
     notes: tuple[str, ...]
     paper_note: str
 
+    @property
+    def media(self) -> str:
+        """What the questions are about."""
+        return "videos" if self.task.endswith("-qa") else "images"
+
 
 def task_table(task: str, names: Sequence[str], metrics: Sequence[Mapping[str, Any] | str]) -> TaskTable:
     """The table of one task. `metrics`: for each named arm the contents of its metrics.json, or why there are none."""
     present = [entry for entry in metrics if isinstance(entry, Mapping)]
+    refuse_other_judges(present, f"putting figures of {task} side by side")
     figure_names = list(dict.fromkeys(name for entry in present for name in entry["figures"]))
     primary = present[0]["primary"] if present else TASKS[task].primary
     figure_names.sort(key=lambda name: name != primary)
@@ -126,13 +159,14 @@ def task_table(task: str, names: Sequence[str], metrics: Sequence[Mapping[str, A
         for arm, entry in zip(names, metrics, strict=True)
         if isinstance(entry, Mapping) and entry.get("n_failures")
     ]
-    if rows:
-        notes += [
-            f"{arm} lies below the floor: it scores less than one fixed answer would, so it may not answer in the "
-            "form of the question, and a lead over it says little"
-            for arm, cell in zip(names, rows[0].cells, strict=True)
-            if cell.figure is not None and _below_floor(cell.figure)
-        ]
+    cells = zip(names, rows[0].cells, strict=True) if rows else ()
+    below = [arm for arm, cell in cells if cell.figure is not None and _below_floor(cell.figure)]
+    if below:
+        verbs = ("lies", "it scores", "it may") if len(below) == 1 else ("lie", "they score", "they may")
+        notes.append(
+            f"{', '.join(below)} {verbs[0]} below the floor: {verbs[1]} less than one fixed answer would, so "
+            f"{verbs[2]} not answer in the form of the question, and a lead over that says little"
+        )
     notes += [f"{arm}: {entry}" for arm, entry in zip(names, metrics, strict=True) if isinstance(entry, str)]
     title = TITLES[task]
     if "accuracy_above" in figure_names and "accuracy_left" not in figure_names:
@@ -151,7 +185,10 @@ def paper_numbers(task: str, figure: str, figures: Sequence[str], dataset: str) 
     if task == "presence":
         if figure != "accuracy":
             return PaperNumbers(None, None, "the paper prints accuracy only")
-        return _from_table("table_8", {}, "hal_coco", ("LLaVA", "LocVLM-B"), "Table 8, Hal-COCO")
+        if "hal-act" in dataset:
+            return _from_table("table_8", {}, "hal_act", ("Video-ChatGPT", "LocVLM-Vid-B"), "Table 8, Hal-Act")
+        column, note = ("hal_ade", "Hal-ADE") if "hal-ade" in dataset else ("hal_coco", "Hal-COCO")
+        return _from_table("table_8", {}, column, ("LLaVA", "LocVLM-B"), f"Table 8, {note}")
     if task == "pope":
         split = next((name for name in ("random", "popular", "adversarial") if name in dataset), None)
         if split is None:
@@ -161,7 +198,14 @@ def paper_numbers(task: str, figure: str, figures: Sequence[str], dataset: str) 
         return _from_table("table_9", {"split": split}, figure, ("LLaVA", "Ours"), f"Table 9, {split}")
     if task == "localization":
         return PaperNumbers(None, None, "the paper shows pictures (Figure 5) and no number")
-    return PaperNumbers(None, None, "the paper reports METEOR (Table 10), another measure")
+    if task == "region-description":
+        return _region_numbers(figure, dataset)
+    if task in _SHORT_ANSWERS and figure == "accuracy":
+        column, where = _SHORT_ANSWERS[task]
+        return _from_table("table_5", {"zero_shot": True}, column, ("LLaVA-v1", "LocVLM-B"), where)
+    if task in _SHORT_ANSWERS:
+        return PaperNumbers(None, None, "the paper does not report this")
+    return PaperNumbers(None, None, "the paper's judge was GPT-3.5 of 2023 (Table 6), another measure")
 
 
 def verdict(difference: Difference, figure: str, first: Figure, n_images: int) -> tuple[str, str]:
@@ -198,7 +242,7 @@ def _row(task: str, figure: str, names: Sequence[str], metrics: Sequence[Mapping
     )
     return Row(
         figure,
-        LABELS.get(figure, figure.replace("_", " ")),
+        LABELS.get(figure) or figure.replace("accuracy_type_", "accuracy, type ").replace("_", " ").capitalize(),
         cells,
         entry["figures"][figure]["floor"],
         entry["figures"][figure]["floor_answer"],
@@ -224,7 +268,10 @@ def _comparison(
         return Comparison(against, None, "", "one of the two was not run")
     if cell.figure is None or not second["figures"].get(figure, {}).get("n"):
         return Comparison(against, None, "", "one of the two has no such figure")
-    difference = paired_difference(first, second, figure)
+    try:
+        difference = paired_difference(first, second, figure)
+    except DataError:  # one pair that cannot be compared must not cost the whole report
+        return Comparison(against, None, "", "not the same questions")
     word, reason = verdict(difference, figure, cell.figure, int(first["n_images"]))
     return Comparison(against, difference, word, reason)
 
@@ -240,10 +287,19 @@ def _spatial_numbers(figure: str, icl: bool, figures: Sequence[str]) -> PaperNum
     return _from_table("table_4", {"icl": icl}, columns[figure], ("LLaVA", "Ours"), where)
 
 
+def _region_numbers(figure: str, dataset: str) -> PaperNumbers:
+    if figure != "meteor":
+        return PaperNumbers(None, None, "the paper reports METEOR (Table 10), another measure")
+    column = next((column for column, names in REGION_SPLITS.items() if dataset in names), None)
+    if column is None:
+        return PaperNumbers(None, None, "the name of the data does not tell the split (Table 10)")
+    return _from_table("table_10", {"zero_shot": True}, column, ("LLaVA", "LocVLM-B"), f"Table 10, zero-shot, {column}")
+
+
 def _from_table(table: str, row: Mapping[str, Any], column: str, names: tuple[str, str], note: str) -> PaperNumbers:
     wanted = {"name", "model"}
     values: dict[str, float | None] = {}
-    for entry in _paper()["tables"][table]["rows"]:
+    for entry in paper()["tables"][table]["rows"]:
         if all(entry.get(key) == value for key, value in row.items()):
             name = next(str(entry[key]) for key in wanted if key in entry)
             values[name] = entry.get(column)
@@ -252,6 +308,7 @@ def _from_table(table: str, row: Mapping[str, Any], column: str, names: tuple[st
 
 
 @cache
-def _paper() -> Any:
+def paper() -> Any:
+    """All numbers that the paper printed (assets/paper_tables.yaml)."""
     text = files("locvlm").joinpath("assets/paper_tables.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)

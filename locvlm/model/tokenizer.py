@@ -5,15 +5,21 @@ the answers and their closing stop token). The tiny preset's own tokenizer is ma
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from locvlm.errors import CheckpointError, DataError
+from locvlm.model.words import SPACE, WordEncoder, goes_word_by_word
 from locvlm.prompts import IMAGE, STOP
+
+_end = itemgetter(1)
+_ASCII_BYTE = re.compile("<0x([0-7][0-9A-F])>")
 
 SPECIAL_TOKENS = ("<unk>", "<s>", STOP, "<pad>", IMAGE)
 
@@ -57,28 +63,75 @@ class TextEncoder:
             backend.no_truncation()
             backend.no_padding()
         self._backend = backend
+        self._words = WordEncoder(backend) if goes_word_by_word(backend) else None
+        self._spelling = [
+            _spelled(backend.id_to_token(number)) for number in range(max(backend.get_vocab().values()) + 1)
+        ]
 
-    def encode(self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]] | None = None) -> list[Encoded]:
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """bos_token_id, eos_token_id and pad_token_id, as transformers' configs call them."""
+        return {"bos_token_id": self.bos_id, "eos_token_id": self.stop_id, "pad_token_id": self.pad_id}
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        spans: Sequence[Sequence[tuple[int, int]]] | None = None,
+        n_image_tokens: int | None = None,
+    ) -> list[Encoded]:
         """Encode rendered conversations; `spans` are the supervised character ranges of each.
 
+        `n_image_tokens`: what `<image>` stands for where it is not one image: the tokens of a video.
         A token is supervised when it overlaps a span. Raises DataError for a sample without a supervised token.
         """
         encoded = []
-        for number, item in enumerate(self._backend.encode_batch(list(texts), add_special_tokens=False)):
-            ids, supervised = [self.bos_id], [False]
-            ranges = list(spans[number]) if spans is not None else []
+        n_visual = self.n_image_tokens if n_image_tokens is None else n_image_tokens
+        for number, ids in enumerate(self._ids(texts)):
+            supervised = [False] * (len(ids) + 1)
+            for first, last in self._targets(ids, texts[number], spans[number]) if spans is not None else ():
+                supervised[first + 1 : last + 1] = [True] * (last - first)
+            ids = [self.bos_id, *ids]
             at = 0
-            for token, (start, end) in zip(item.ids, item.offsets, strict=True):
-                while at < len(ranges) and ranges[at][1] <= start:
-                    at += 1
-                target = at < len(ranges) and start < ranges[at][1] and end > ranges[at][0]
-                repeat = self.n_image_tokens if token == self.image_id else 1
-                ids.extend([token] * repeat)
-                supervised.extend([target and token != self.image_id] * repeat)
-            if spans is not None and not any(supervised):
+            for _ in range(ids.count(self.image_id)):
+                at = ids.index(self.image_id, at)
+                ids[at : at + 1] = [self.image_id] * n_visual
+                supervised[at : at + 1] = [False] * n_visual
+                at += n_visual
+            if spans is not None and True not in supervised:
                 raise DataError(f"encoding a training sample: no token of it is supervised; text: {texts[number]!r}")
             encoded.append(Encoded(ids, supervised))
         return encoded
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._words is not None:
+            return [self._words.encode(text) for text in texts]
+        return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _targets(self, ids: list[int], text: str, spans: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        """The tokens of each span, from the first to before the last."""
+        found = self._answers(ids, text, spans)
+        if found is None:
+            # in the order of the text: the tokens of a span are neighbours
+            offsets = self._backend.encode(text, add_special_tokens=False).offsets
+            found = [(bisect_right(offsets, start, key=_end), bisect_left(offsets, (end,))) for start, end in spans]
+        return found
+
+    def _answers(self, ids: list[int], text: str, spans: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]] | None:
+        """The tokens of spans that end with the stop token, one span a stop token, read backwards from there: they must
+        spell the span. None where they do not. Offsets of a whole conversation take longer than all the rest."""
+        if ids.count(self.stop_id) != len(spans):
+            return None
+        found, last = [], 0
+        for start, end in spans:
+            first = last = ids.index(self.stop_id, last) + 1
+            missing = end - start
+            while missing > 0 and first > 0:
+                first -= 1
+                missing -= len(self._spelling[ids[first]])
+            if missing or "".join([self._spelling[i] for i in ids[first:last]]) != text[start:end]:
+                return None
+            found.append((first, last))
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """The answer text of generated ids: everything before the stop token, special tokens dropped, stripped."""
@@ -86,6 +139,13 @@ class TextEncoder:
         if self.stop_id in ids:
             ids = ids[: ids.index(self.stop_id)]
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _spelled(token: str | None) -> str:
+    """What a token stands for in the text, if it is one of a sentencepiece vocabulary."""
+    if token is not None and (byte := _ASCII_BYTE.fullmatch(token)):
+        return chr(int(byte[1], 16))
+    return (token or "").replace(SPACE, " ")
 
 
 def word_tokenizer(corpus: Iterable[str], whole: Iterable[str] = ()) -> PreTrainedTokenizerFast:

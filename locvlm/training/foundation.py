@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from locvlm import prompts
-from locvlm.config import ExperimentConfig, MixtureEntry, StageConfig
+from locvlm.config import ClusterConfig, ExperimentConfig, MixtureEntry, StageConfig
 from locvlm.coordinates import make_location_format
 from locvlm.data.conversations import open_conversations
 from locvlm.data.dataset import TrainingData
@@ -23,6 +23,7 @@ from locvlm.geometry import make_geometry
 from locvlm.model.checkpoint import LoadedModel, fresh, save
 from locvlm.model.stages import set_trainable
 from locvlm.model.tokenizer import TextEncoder, word_tokenizer
+from locvlm.pixels import open_images
 from locvlm.training.checkpoints import FolderCheckpoints
 from locvlm.training.engine import TorchEngine
 from locvlm.training.loop import Point, train
@@ -85,7 +86,7 @@ def train_foundation(
     data = TrainingData(
         stage,
         {"generic": file},
-        images,
+        open_images(images),
         Renderer(location, config.prompts, config.seed),
         encoder,
         make_geometry(config.geometry),
@@ -107,8 +108,7 @@ def train_foundation(
         engine,
         FolderCheckpoints(output.parent / f"{output.name}.checkpoints"),
         encoder.pad_id,
-        checkpoint_every=200,
-        log_every=20,
+        ClusterConfig(num_workers=0, checkpoint_every=200, log_every=20),
         on_point=on_point,
         show_progress=show_progress,
     )

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,10 +14,18 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.torch import TorchTrainer, get_device
 
 from locvlm.errors import LocVLMError, UserError
+from locvlm.training.checkpoints import save_error
 from locvlm.training.loop import Point
 from locvlm.training.stage import Job, run
 
@@ -43,16 +52,16 @@ def train_on_ray(job: Job, n_workers: int) -> None:
     The same job in the same folder goes on from its last checkpoint. Raises the user's error as such, and LocVLMError
     when the workers failed more often than `cluster.max_failures`.
     """
-    _prepare_environment()
+    cluster = job.config.cluster
+    _prepare_environment(elastic=cluster.min_workers > 0)
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS", "local"), logging_level="warning")
-    cluster = job.config.cluster
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= n_workers
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= (cluster.min_workers or n_workers)
     trainer = TorchTrainer(
         _worker,
         train_loop_config=job.to_dict(),
         scaling_config=ScalingConfig(
-            num_workers=n_workers,
+            num_workers=(cluster.min_workers, n_workers) if cluster.min_workers else n_workers,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),
@@ -73,19 +82,34 @@ class RayCheckpoints:
     """The loop's checkpoints as Ray Train's: `save` is a barrier over all ranks."""
 
     def latest(self) -> Path | None:
-        """A local copy of the last checkpoint that Ray registered."""
+        """The last checkpoint that Ray registered, where it lies: in the run's folder, which all machines share."""
         checkpoint = ray.train.get_checkpoint()
-        return None if checkpoint is None else Path(checkpoint.to_directory(tempfile.mkdtemp(prefix="locvlm-")))
+        return None if checkpoint is None else Path(checkpoint.path)
 
     def save(self, step: int, write: Callable[[Path], None], point: Point) -> None:
-        """Rank 0 writes; every rank reports."""
-        name = f"step-{step:09d}"
-        if ray.train.get_context().get_world_rank() != 0:
-            ray.train.report(asdict(point), checkpoint_dir_name=name)
-            return
-        with tempfile.TemporaryDirectory(prefix="locvlm-") as folder:
-            write(Path(folder))
-            ray.train.report(asdict(point), Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+        """Every rank writes its shard to its own disk; Ray carries it to the storage while training goes on, and counts
+        the checkpoint only when all shards are there."""
+        folder = Path(tempfile.mkdtemp(prefix="locvlm-"))
+        try:
+            write(folder)
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+            shutil.rmtree(folder, ignore_errors=True)
+            raise save_error(step, folder, error) from None
+        ray.train.report(
+            asdict(point),
+            Checkpoint.from_directory(folder),
+            checkpoint_dir_name=f"step-{step:09d}",
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def finish(self) -> None:
+        """Nothing to do: Ray waits for its uploads when the worker ends."""
+
+    def preempted(self) -> bool:
+        """Whether Ray was told that a node of this run goes away. It restarts the workers elsewhere when the time is
+        up, at no charge to `cluster.max_failures`."""
+        return ray.train.get_preemption_info() is not None
 
 
 def _worker(values: dict[str, Any]) -> None:
@@ -107,14 +131,15 @@ def _cause(error: Exception) -> LocVLMError:
     return LocVLMError(f"training on Ray failed: {error}")
 
 
-def _prepare_environment() -> None:
+def _prepare_environment(*, elastic: bool = False) -> None:
     """Ray's own switches, where the user has not set them; none changes a result."""
     directory = str(Path(sys.executable).parent)
     if directory not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([directory, os.environ.get("PATH", "")])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # A100 nodes pull a large image first
+    # A100 nodes pull a large image first. An elastic run may have counted on a node that is lost: it looks again soon
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60" if elastic else "600")
     home = Path.home()
     if "RAY_AUTH_MODE" not in os.environ and not os.access(home, os.W_OK):
         os.environ["RAY_AUTH_MODE"] = "disabled"  # the token file could not be written

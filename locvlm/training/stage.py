@@ -7,27 +7,35 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from locvlm.config import ExperimentConfig, StageConfig, resolve
+from locvlm.config import ClusterConfig, ExperimentConfig, StageConfig, resolve
 from locvlm.coordinates import make_location_format
 from locvlm.data.conversations import STRUCTURED, ConversationFile, open_conversations
 from locvlm.data.dataset import TrainingData
 from locvlm.data.instruct import Renderer
-from locvlm.errors import ConfigError, DataError
+from locvlm.errors import CheckpointError, ConfigError, DataError
 from locvlm.geometry import make_geometry
-from locvlm.model.checkpoint import save, start
+from locvlm.model.checkpoint import refuse_other_parent, save, start
+from locvlm.model.lora import LORA_FOLDER, check_lora, is_lora, write_lora
 from locvlm.model.stages import set_trainable
+from locvlm.model.variants import LocVLM
+from locvlm.pixels import ImageSource, open_images
 from locvlm.records import fingerprint, read_json, write_json
-from locvlm.training.engine import TorchEngine
+from locvlm.training.curve import Curve
+from locvlm.training.engine import Engine, TorchEngine
 from locvlm.training.loop import Checkpoints, Point, share, train
+from locvlm.training.validation import ASKED, BEST_NAME, HeldOut, Validation, open_held_out, read_best
 
 log = logging.getLogger(__name__)
+
+MEMO = "mlflow.json"  # in the run's folder: its MLflow run, so that it goes on there as well
+ATTEMPTS_NAME = "attempts.jsonl"  # a line for each time that the run was begun or gone on with
 
 StageName = Literal["align", "instruct", "video"]
 
@@ -36,16 +44,18 @@ StageName = Literal["align", "instruct", "video"]
 class Job:
     """All that a stage needs to know; crosses to the workers as a plain dict.
 
-    `data`: source name -> dataset folder or LLaVA JSON file; `parent`: checkpoint to start from, or None for the
-    foundation of the config.
+    `data`: source name -> dataset folder or LLaVA JSON file; `images`: the image folder (or shards) of all sources, or
+    source name -> its own; `parent`: checkpoint to start from, or None for the foundation of the config; `validation`:
+    name -> held-out set, see `locvlm.training.validation`.
     """
 
     stage: StageName
     config: ExperimentConfig
     data: dict[str, Path]
-    images: Path
+    images: Path | dict[str, Path]
     output: Path
     parent: Path | None = None
+    validation: dict[str, Path] = field(default_factory=dict)
 
     @property
     def settings(self) -> StageConfig:
@@ -58,16 +68,31 @@ class Job:
         return found
 
     @property
+    def image_folders(self) -> dict[str, Path]:
+        """Source or held-out set -> the folder of its images. Raises ConfigError when one has none."""
+        names = {**self.data, **self.validation}
+        if isinstance(self.images, Path):
+            return dict.fromkeys(names, self.images)
+        missing = sorted(set(names) - set(self.images))
+        if missing:
+            raise ConfigError(
+                f"training {self.stage}: there are no images for the source {missing[0]}; add --images "
+                f"{missing[0]}=DIR, or --images DIR for all sources that have none of their own"
+            )
+        return {name: self.images[name] for name in names}
+
+    @property
     def folder(self) -> Path:
         """Where the run keeps its checkpoints and curve until it is finished."""
         return self.output.parent / f".{self.output.name}.training"
 
     @property
     def fingerprint(self) -> str:
-        """Equal for runs that would train the same: config, data, parent."""
+        """Equal for runs that would train the same: config, data, parent, held-out data (it may choose the weights)."""
         parts = [self.stage, self.config.fingerprint()]
         parts += [f"{name}={fingerprint_of(path)}" for name, path in sorted(self.data.items())]
-        parts.append(fingerprint(self.parent / "model.safetensors") if self.parent else "")
+        parts.append(_weights_fingerprint(self.parent) if self.parent else "")
+        parts += [f"held out {name}={fingerprint_of(path)}" for name, path in sorted(self.validation.items())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,9 +101,14 @@ class Job:
             "stage": self.stage,
             "config": self.config.model_dump(mode="json"),
             "data": {name: str(path) for name, path in self.data.items()},
-            "images": str(self.images),
+            "images": (
+                str(self.images)
+                if isinstance(self.images, Path)
+                else {name: str(path) for name, path in self.images.items()}
+            ),
             "output": str(self.output),
             "parent": str(self.parent) if self.parent else None,
+            "validation": {name: str(path) for name, path in self.validation.items()},
         }
 
     @classmethod
@@ -88,21 +118,30 @@ class Job:
             stage=value["stage"],
             config=resolve(value["config"]),
             data={name: Path(path) for name, path in value["data"].items()},
-            images=Path(value["images"]),
+            images=(
+                Path(value["images"])
+                if isinstance(value["images"], str)
+                else {name: Path(path) for name, path in value["images"].items()}
+            ),
             output=Path(value["output"]),
             parent=Path(value["parent"]) if value["parent"] else None,
+            validation={name: Path(path) for name, path in value["validation"].items()},
         )
 
 
 def check(job: Job, n_workers: int) -> None:
     """Find the user's mistakes before anything is started: missing data, a source that was built for other places, a
-    batch that does not divide. Raises UserError."""
+    parent that was trained otherwise, a batch that does not divide. Raises UserError."""
     settings = job.settings
-    share(settings, 0, max(1, n_workers))
-    if not job.images.is_dir():
-        raise DataError(f"training {job.stage}: the image folder {job.images} does not exist; check --images")
+    share(settings, 0, max(1, n_workers), elastic=job.config.cluster.min_workers > 0)
+    if job.parent is not None:
+        refuse_other_parent(job.parent, job.config)
+    if job.config.model.lora is not None and "language" in settings.trainable:
+        check_lora(job.config.model.lora)
+    stores = _open_stores(job.image_folders)
     for name, path in job.data.items():
-        _refuse_other_places(name, open_conversations(path), job.config)
+        _refuse_other_places(f"training on {name}", open_conversations(path), job.config)
+    _check_validation(job, _open_held_out(job, stores))
     missing = sorted({entry.source for entry in settings.mixture} - set(job.data))
     if missing:
         raise ConfigError(
@@ -122,57 +161,73 @@ def run(
     """Train the stage in this process (one of `world` where a process group exists); rank 0 writes the output."""
     settings, config = job.settings, job.config
     loaded = start(config, job.parent)
-    set_trainable(loaded.model, settings.trainable)
+    set_trainable(loaded.model, settings.trainable, config.model.lora, config.seed)
+    stores = _open_stores(job.image_folders)
     geometry = make_geometry(config.geometry)
     data = TrainingData(
         settings,
         {name: open_conversations(path) for name, path in job.data.items()},
-        job.images,
+        stores,
         Renderer(make_location_format(config.coordinates, geometry), config.prompts, config.seed),
         loaded.encoder,
         geometry,
         config.model.language.max_length,
         config.seed,
+        config.video,
     )
-    engine = TorchEngine(loaded.model, settings, device)
+    engine = make_engine(loaded.model, settings, config.cluster, device)
     curve = Curve(job.folder / "curve.jsonl") if engine.rank == 0 else None
 
     def on_point(point: Point) -> None:
         if curve is not None:
-            curve.add(point)
+            curve.add(asdict(point))
         beat(point)
 
+    def on_begin(step: int) -> None:
+        if engine.rank == 0:
+            _note_attempt(job, step, engine.world)
+
+    held_out = _open_held_out(job, stores)
     last = train(
         settings,
         data,
         engine,
         checkpoints,
         loaded.encoder.pad_id,
-        checkpoint_every=config.cluster.checkpoint_every,
-        log_every=config.cluster.log_every,
+        config.cluster,
+        on_begin=on_begin,
         on_point=on_point,
+        validate=Validation(held_out, settings, loaded, engine, job.folder) if held_out else None,
         show_progress=show_progress,
     )
+    weights = engine.trained_weights()
     if engine.rank == 0:
-        _finish(job, loaded, last, engine.world)
+        _finish(job, weights, last, engine.world)
 
 
-class Curve:
-    """`curve.jsonl`: one line a point. After a resume the points that are trained again replace the old ones."""
+def _note_attempt(job: Job, step: int, world: int) -> None:
+    """`step`: the one that the attempt goes on from; `workers`: how many it has."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with open(job.folder / ATTEMPTS_NAME, "a") as file:
+        file.write(json.dumps({"step": step, "workers": world}) + "\n")
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.last = _last_step(path)
 
-    def add(self, point: Point) -> None:
-        """Append a point, dropping what lies at or after its step."""
-        if point.step <= self.last:
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] < point.step]
-            self.path.write_text("".join(line + "\n" for line in kept))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(asdict(point)) + "\n")
-        self.last = point.step
+def make_engine(model: LocVLM, stage: StageConfig, cluster: ClusterConfig, device: torch.device) -> Engine:
+    """The engine that the config names."""
+    if cluster.recompute:
+        model.enable_recompute()
+    packed = stage.conversations_per_image > 1
+    if packed and (cluster.attention == "flex" or (cluster.attention == "auto" and device.type == "cuda")):
+        if device.type != "cuda":
+            raise ConfigError(
+                "preparing the model: cluster.attention is flex, which has no backward pass on a CPU; set it to auto"
+            )
+        model.model.language_model.set_attn_implementation("flex_attention")
+    if cluster.engine == "ddp":
+        return TorchEngine(model, stage, device)
+    from locvlm.training.zero import ZeroEngine  # importing deepspeed takes seconds
+
+    return ZeroEngine(model, stage, cluster, device)
 
 
 def begin(job: Job, *, resume: bool = False) -> bool:
@@ -193,19 +248,42 @@ def begin(job: Job, *, resume: bool = False) -> bool:
         )
     if marker.is_file():
         found = read_json(marker).get("job")
-        if found != wanted:
+        has_begun = any(path.name not in (marker.name, MEMO, ATTEMPTS_NAME) for path in job.folder.iterdir())
+        if found != wanted and has_begun:
             raise ConfigError(
                 f"training into {job.output}: an unfinished run of another configuration, other data or another parent "
                 f"lies in {job.folder} ({found}; this one is {wanted}); remove that folder or give another --output"
             )
-        log.info("continuing the run in %s", job.folder)
+        if has_begun:
+            log.info("continuing the run in %s", job.folder)
+        elif found != wanted:
+            for name in (MEMO, ATTEMPTS_NAME):
+                (job.folder / name).unlink(missing_ok=True)
     elif resume:
         raise ConfigError(f"resuming {job.output}: there is no unfinished run in {job.folder}; leave --resume out")
     write_json(marker, {"job": wanted})
     return True
 
 
-def _finish(job: Job, loaded: Any, last: Point, world: int) -> None:
+def clear(job: Job) -> None:
+    """Remove the folder of a finished run; its memo last, so that a second call never opens a second MLflow run."""
+    for path in job.folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != MEMO:
+            path.unlink()
+    shutil.rmtree(job.folder)
+
+
+def _finish(job: Job, weights: Mapping[str, torch.Tensor], last: Point, world: int) -> None:
+    """Write the output: the model as the stage began with it, and the weights that were trained; or those of the best
+    step, where the config keeps them. LoRA updates stay apart from the weights that they change."""
+    kept: dict[str, Any] = {"figure": "last", "step": last.step}
+    if (job.folder / BEST_NAME).is_file():
+        weights, kept = read_best(job.folder / BEST_NAME)
+    loaded = start(job.config, job.parent)
+    loaded.model.load_state_dict({name: value for name, value in weights.items() if not is_lora(name)}, strict=False)
+    updates = {name: value for name, value in weights.items() if is_lora(name)}
     receipt = {
         "stage": job.stage,
         "model": job.output.name,
@@ -214,7 +292,9 @@ def _finish(job: Job, loaded: Any, last: Point, world: int) -> None:
         "parent": str(job.parent) if job.parent else job.config.model.foundation,
         "data": {name: fingerprint_of(path) for name, path in job.data.items()},
         "workers": world,
+        "attempts": len((job.folder / ATTEMPTS_NAME).read_text().splitlines()),
         "steps": last.step,
+        "kept": kept,
         "loss": last.loss,
         "tokens": last.tokens,
         "targets": last.targets,
@@ -223,13 +303,42 @@ def _finish(job: Job, loaded: Any, last: Point, world: int) -> None:
     }
 
     def complete(folder: Path) -> None:
-        shutil.copy(job.folder / "curve.jsonl", folder / "curve.jsonl")
-        write_json(folder / "receipt.json", {**receipt, "fingerprint": fingerprint(folder / "model.safetensors")})
+        for curve in job.folder.glob("*.jsonl"):
+            shutil.copy(curve, folder / curve.name)
+        if job.config.model.lora is not None and updates:
+            write_lora(folder / LORA_FOLDER, job.config.model.lora, updates)
+        write_json(folder / "receipt.json", {**receipt, "fingerprint": _weights_fingerprint(folder)})
 
     save(loaded, job.output, complete=complete)
 
 
-def _refuse_other_places(name: str, file: ConversationFile, config: ExperimentConfig) -> None:
+def _open_stores(folders: dict[str, Path]) -> dict[str, ImageSource]:
+    """Each folder opened once, so that sources that share it share its images."""
+    opened = {folder: open_images(folder) for folder in dict.fromkeys(folders.values())}
+    return {name: opened[folder] for name, folder in folders.items()}
+
+
+def _open_held_out(job: Job, stores: Mapping[str, ImageSource]) -> list[HeldOut]:
+    return [open_held_out(name, path, stores[name], job.config) for name, path in job.validation.items()]
+
+
+def _check_validation(job: Job, sets: Sequence[HeldOut]) -> None:
+    for one in sets:
+        if one.conversations is not None:
+            _refuse_other_places(f"validating on {one.name}", one.conversations, job.config)
+    keep = job.config.cluster.keep_best
+    known = sorted(set().union(*(one.figures for one in sets)))
+    if job.config.cluster.engine == "zero3":
+        known = [figure for figure in known if figure not in ASKED]
+    if keep != "last" and keep not in known:
+        raise ConfigError(
+            f"training {job.stage}: cluster.keep_best is {keep}, and the held-out data gives "
+            f"{', '.join(known) or 'no figure'} (cluster.engine {job.config.cluster.engine}); add a set that gives it "
+            "with --validate, or set cluster.keep_best=last"
+        )
+
+
+def _refuse_other_places(doing: str, file: ConversationFile, config: ExperimentConfig) -> None:
     manifest = file.manifest or {}
     if not any(manifest.get("counts", {}).get(objective) for objective in STRUCTURED):
         return  # literal text: it names no places of ours
@@ -237,19 +346,23 @@ def _refuse_other_places(name: str, file: ConversationFile, config: ExperimentCo
         theirs, ours = manifest.get(section), getattr(config, section).model_dump(mode="json")
         if theirs and theirs != ours:
             raise DataError(
-                f"training on {name} ({file.path}): its {section} differ from the config's\n  data:   {theirs}\n"
+                f"{doing} ({file.path}): its {section} differ from the config's\n  data:   {theirs}\n"
                 f"  config: {ours}\nbuild the data again with this config, or use the config it was built with"
             )
+
+
+def _weights_fingerprint(folder: Path) -> str:
+    """Of all the weights of a model folder: its own, LoRA updates, those of a LLaVA checkpoint in several files."""
+    files = sorted(path for kind in ("*.safetensors", "*.bin") for path in folder.rglob(kind))
+    if not files:
+        raise CheckpointError(f"reading the model {folder}: there are no weights in it; copy or train it again")
+    if len(files) == 1:
+        return fingerprint(files[0])
+    parts = "\n".join(f"{path.relative_to(folder)}={fingerprint(path)}" for path in files)
+    return f"sha256:{hashlib.sha256(parts.encode()).hexdigest()}"
 
 
 def fingerprint_of(path: Path) -> str:
     """The fingerprint of a dataset folder (its manifest, which holds those of its sources) or of a file."""
     manifest = path / "manifest.json"
     return fingerprint(manifest if manifest.is_file() else path)
-
-
-def _last_step(path: Path) -> int:
-    if not path.is_file():
-        return 0
-    lines = path.read_text().splitlines()
-    return int(json.loads(lines[-1])["step"]) if lines else 0
