@@ -10,7 +10,7 @@ from kfp import dsl
 IMAGE = os.environ.get("LOCVLM_IMAGE", "locvlm:0.1.0")
 
 
-def step(function: Callable[..., str]) -> Any:
+def step(function: Callable[..., Any]) -> Any:
     """A lightweight component on IMAGE, which holds kfp and locvlm already: nothing is installed when a step starts.
 
     kfp copies the function's source into the pipeline, so its body may use only what it imports itself.

@@ -12,7 +12,7 @@ def train_stage(
     stage: str,
     parent: str,
     data: list[str],
-    images: str,
+    images: list[str],
     overrides: list[str],
     runner: str,
     image: str,
@@ -22,13 +22,15 @@ def train_stage(
 ) -> str:
     """`locvlm train` -> <root>/models/<name>, from <root>/models/<parent> or, with "", from the config's foundation.
 
-    `data`: names of folders in <root>/data, as NAME=FOLDER. `inputs`: fingerprints of the config, the data and the
-    parent. An unfinished run in the same folder goes on where it stopped.
+    `data`: names of folders in <root>/data, as NAME=FOLDER; `images`: [NAME=]DIR, where NAME is one of them. `inputs`:
+    fingerprints of the config, the data and the parent. An unfinished run in the same folder goes on where it stopped.
     """
     from locvlm.cli.steps import run_step, write_receipt
 
     output = f"{root}/models/{name}"
-    argv = ["train", "--stage", stage, "--config", f"{root}/config.yaml", "--images", images, "--output", output]
+    argv = ["train", "--stage", stage, "--config", f"{root}/config.yaml", "--output", output]
+    for folder in images:
+        argv += ["--images", folder]
     for entry in data:
         source, _, folder = entry.partition("=")
         argv += ["--data", f"{source}={root}/data/{folder}"]

@@ -4,23 +4,30 @@ Both arms start from the same aligned model and differ in the training mixture a
 objectives of the preset, the baseline arm answers as many questions in as many steps without them.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from kfp import dsl, kubernetes
+from kfp import dsl
 
 from components.build_generic import build_generic
 from components.build_localize_instruct import build_localize_instruct
 from components.build_presence import build_presence
 from components.build_spatial import build_spatial
 from components.fetch_data import fetch_data
-from components.image import IMAGE
-from components.predict import predict
-from components.promote import promote
-from components.register import register
 from components.report import report
 from components.resolve_config import resolve_config
-from components.score import score
-from components.train_stage import train_stage
+from workflows.steps import (
+    CPU,
+    DATA_CPU,
+    DATA_MEMORY,
+    MEMORY,
+    MLFLOW_SECRET,
+    STORAGE_SECRET,
+    TIMEOUTS,
+    Kind,
+    Placement,
+    Run,
+)
 
 NAME = "locvlm-image"
 
@@ -42,11 +49,8 @@ TASKS = [
     "region-description=data/localize-test",
 ]
 
-SHARED_VOLUME, SHARED_PATH = "locvlm-shared", "/mnt/locvlm"  # k8s/storage.yaml
-STORAGE_SECRET = {name: name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")}
 
-
-def make_pipeline(retries: int = 1) -> Any:
+def make_pipeline(retries: int = 1, timeouts: Mapping[Kind, int] = TIMEOUTS) -> Any:
     """The pipeline; `retries`: of the steps that train or ask a model (0 where a person sits before the failure)."""
 
     def image_pipeline(
@@ -64,120 +68,113 @@ def make_pipeline(retries: int = 1) -> Any:
         dvc_remote: str = "",
         code_version: str = "",
         registry_name: str = "locvlm",
+        cpu: str = CPU,
+        memory: str = MEMORY,
+        data_cpu: str = DATA_CPU,
+        data_memory: str = DATA_MEMORY,
+        node_selector: dict[str, str] = {},  # noqa: B006
+        tolerations: list[dict[str, str]] = [],  # noqa: B006
+        storage_secret: str = STORAGE_SECRET,
+        mlflow_secret: str = MLFLOW_SECRET,
     ) -> None:
         """Teach a visual LLM to say where things are, and measure what that buys against a matched baseline."""
-        config = _step(
-            resolve_config(root=root, preset=preset, overrides=overrides, seed=seed, code_version=code_version),
-            "resolve the configuration",
-        ).outputs["Output"]
-        fetched = _step(
+        place = Placement(
+            cpu,
+            memory,
+            data_cpu,
+            data_memory,
+            node_selector,
+            tolerations,
+            storage_secret,
+            mlflow_secret,
+            retries,
+            timeouts,
+        )
+        run = Run(root, images, runner, code_version, place)
+        begun = run.begin({"pipeline": NAME, "preset": preset})
+        fetched = place.step(
             fetch_data(root=root, data_root=data_root, images=images, data_md5=data_md5, dvc_remote=dvc_remote),
             "check the data",
+            "data",
             cached=False,
-        ).outputs["Output"]
-        common = {"root": root, "data_root": data_root, "config": config, "data_md5": fetched}
-        common["code_version"] = code_version
-        generic = _step(build_generic(captions=captions, **common), "build generic questions").outputs["Output"]
-        localize = {
-            split: _step(build_localize_instruct(split=split, **common), f"build Localize-Instruct ({split})").outputs[
-                "Output"
-            ]
-            for split in ("train", "test")
-        }
-        spatial = _step(build_spatial(**common), "build COCO-Spatial").outputs["Output"]
-        presence = _step(build_presence(**common), "build presence questions").outputs["Output"]
-
-        work = {"root": root, "code_version": code_version}
-        heavy = {**work, "images": images, "runner": runner, "image": IMAGE}
-        align = _step(
-            train_stage(
-                name="align",
-                stage="align",
-                parent="",
-                data=["generic=generic"],
-                overrides=[],
-                inputs=[config, generic],
-                **heavy,
-            ),
-            "train: align",
-            retries=retries,
-        ).outputs["Output"]
-        scored = {}
-        trained = {}
-        for name, data, changes in (
-            ("locvlm", ["generic=generic", "localize=localize-train"], []),
-            ("baseline", ["generic=generic"], baseline_overrides),
-        ):
-            trained[name] = _step(
-                train_stage(
-                    name=name,
-                    stage="instruct",
-                    parent="align",
-                    data=data,
-                    overrides=changes,
-                    inputs=[config, align, generic, localize["train"]],
-                    **heavy,
-                ),
-                f"train: instruct, {name}",
-                retries=retries,
-            ).outputs["Output"]
-        for name in trained:
-            answers = _step(
-                predict(
-                    name=name,
-                    tasks=TASKS,
-                    n_test=n_test,
-                    inputs=[trained[name], spatial, presence, localize["test"]],
-                    **heavy,
-                ),
-                f"predict, {name}",
-                retries=retries,
-            ).outputs["Output"]
-            scored[name] = _step(score(name=name, tasks=TASKS, inputs=[answers], **work), f"score, {name}").outputs[
-                "Output"
-            ]
-        version = _step(
-            register(
-                root=root,
-                name="locvlm",
-                tasks=TASKS,
-                registry_name=registry_name,
-                tags=[
-                    f"data={fetched}",
-                    f"code={code_version}",
-                    f"preset={preset}",
-                    f"image={IMAGE}",
-                    f"kfp.run={dsl.PIPELINE_JOB_ID_PLACEHOLDER}",
-                ],
-                inputs=[scored["locvlm"]],
-            ),
-            "register, locvlm",
-            cached=False,
-        ).outputs["Output"]
-        gate = _step(promote(root=root, registry_name=registry_name, version=version), "gate", cached=False)
-        _step(
-            report(
-                arms=["LocVLM=locvlm", "baseline=baseline"],
-                images=images,
-                inputs=[scored["locvlm"], scored["baseline"]],
-                **work,
-            ),
-            "report",
-        ).after(gate)
+        ).after(begun)
+        image_steps(
+            run,
+            begun,
+            data_root=data_root,
+            captions=captions,
+            preset=preset,
+            overrides=overrides,
+            baseline_overrides=baseline_overrides,
+            seed=seed,
+            n_test=n_test,
+            data_md5=fetched.outputs["Output"],
+            registry_name=registry_name,
+        )
 
     return dsl.pipeline(image_pipeline, name=NAME)
 
 
-def _step(task: Any, title: str, *, cached: bool = True, retries: int = 0) -> Any:
-    """Name a step and give it what every step needs on a cluster; the local runner ignores the latter."""
-    task.set_display_name(title)
-    task.set_caching_options(cached)
-    task.set_cpu_request("1").set_memory_request("4Gi").set_memory_limit("16Gi")
-    if retries:
-        task.set_retry(num_retries=retries, backoff_duration="60s", backoff_factor=2)
-    kubernetes.mount_pvc(task, pvc_name=SHARED_VOLUME, mount_path=SHARED_PATH)
-    kubernetes.use_secret_as_env(task, secret_name="locvlm-storage", secret_key_to_env=STORAGE_SECRET, optional=True)
-    kubernetes.use_config_map_as_env(
-        task, "locvlm-settings", {"MLFLOW_TRACKING_URI": "MLFLOW_TRACKING_URI"}, optional=True
-    )
-    return task
+def image_steps(
+    run: Run,
+    begun: Any,
+    *,
+    data_root: Any,
+    captions: Any,
+    preset: Any,
+    overrides: Any,
+    baseline_overrides: Any,
+    seed: Any,
+    n_test: Any,
+    data_md5: Any,
+    registry_name: Any,
+) -> None:
+    """The steps from data in place to a report; also what a retraining does. `begun`: the run's first step."""
+    place, root, code_version = run.place, run.root, run.code_version
+    resolved = place.step(
+        resolve_config(root=root, preset=preset, overrides=overrides, seed=seed, code_version=code_version),
+        "resolve the configuration",
+    ).after(begun)
+    config = resolved.outputs["Output"]
+    common = {"root": root, "data_root": data_root, "config": config, "data_md5": data_md5}
+    common["code_version"] = code_version
+    generic = place.step(build_generic(captions=captions, **common), "build generic questions", "data").outputs[
+        "Output"
+    ]
+    localize = {
+        split: place.step(
+            build_localize_instruct(split=split, name=f"localize-{split}", captions="", overrides=[], **common),
+            f"build Localize-Instruct ({split})",
+            "data",
+        ).outputs["Output"]
+        for split in ("train", "test")
+    }
+    spatial = place.step(build_spatial(**common), "build COCO-Spatial", "data").outputs["Output"]
+    presence = place.step(build_presence(**common), "build presence questions", "data").outputs["Output"]
+
+    align = run.train("align", "align", ["generic=generic"], [config, generic], title="train: align")
+    trained = {
+        name: run.train(name, "instruct", data, [config, align, generic, localize["train"]], "align", changes)
+        for name, data, changes in (
+            ("locvlm", ["generic=generic", "localize=localize-train"], []),
+            ("baseline", ["generic=generic"], baseline_overrides),
+        )
+    }
+    scored = {
+        name: run.evaluate(name, TASKS, n_test, [trained[name], spatial, presence, localize["test"]])
+        for name in trained
+    }
+    tags = {"data": data_md5, "preset": preset}
+    gate = run.judge("locvlm", TASKS, registry_name, tags, [scored["locvlm"]])
+    place.step(
+        report(
+            root=root,
+            arms=["LocVLM=locvlm", "baseline=baseline"],
+            curves=["both align=align", "LocVLM instruct=locvlm", "baseline instruct=baseline"],
+            images=run.images,
+            inputs=list(scored.values()),
+            code_version=code_version,
+        ),
+        "report",
+        cached=False,
+    ).after(gate)

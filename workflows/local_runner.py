@@ -85,10 +85,16 @@ def run_pipeline(pipeline: Any, arguments: Mapping[str, Any], folder: RunFolder,
 
 
 def _titles(pipeline: Any) -> dict[str, str]:
-    """KFP's name of a step -> its title."""
-    tasks = pipeline.pipeline_spec.root.dag.tasks
-    names = {task.component_ref.name.removeprefix("comp-"): task.task_info.name or key for key, task in tasks.items()}
-    return {**{key: task.task_info.name or key for key, task in tasks.items()}, **names}
+    """KFP's name of a step -> its title. Steps inside a condition or an exit handler are components with a DAG."""
+    spec = pipeline.pipeline_spec
+    dags = [spec.root.dag, *(component.dag for component in spec.components.values())]
+    titles: dict[str, str] = {}
+    for dag in dags:
+        for key, task in dag.tasks.items():
+            name = task.component_ref.name
+            if not spec.components[name].HasField("dag"):
+                titles[key] = titles[name.removeprefix("comp-")] = task.task_info.name or key
+    return titles
 
 
 def _forget_lost_outputs(kfp_folder: Path) -> None:
@@ -100,7 +106,8 @@ def _forget_lost_outputs(kfp_folder: Path) -> None:
 
 def _failure(view: "_View", title: str, folder: RunFolder, failure: RuntimeError) -> StepError:
     title = title or "the pipeline"
-    logs = [path for path in folder.logs.glob("*.log") if path.stat().st_mtime >= view.began]
+    places = (folder.logs.glob("*.log"), folder.root.glob("*/logs/*.log"))  # a retraining names the run's folder itself
+    logs = [path for place in places for path in place if path.stat().st_mtime >= view.began]
     if not logs:  # it failed before its verb began
         words = "\n".join(view.last_lines) or _COLOURS.sub("", str(failure))
         return StepError(f"{title} failed:\n{_indented(words)}\n  everything it said: {folder.log}", 1)

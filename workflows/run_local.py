@@ -1,7 +1,11 @@
 """`python -m workflows.run_local`: the whole image pipeline on this machine; what `make demo` does.
 
 Without options it draws scenes, trains the tiny preset in both arms, scores, registers, and writes the report. Started
-again after a failure or Ctrl-C it goes on after the steps that are finished.
+again after a failure or Ctrl-C it goes on after the steps that are finished. With --pipeline ablation the arms are
+those of the paper's Tables 2 and 11, and nothing is registered.
+
+With --runner kuberay the steps that train or ask a model are RayJobs on the cluster of the kubeconfig, all others run
+here; --runs and the data have to be on a volume that the cluster has at the same path.
 """
 
 import argparse
@@ -10,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from locvlm import tracking
 from locvlm.cli.steps import run_step
 from locvlm.config import ExperimentConfig
 from locvlm.data.fetch import fetch_coco
-from locvlm.errors import DataError, LocVLMError
+from locvlm.errors import ConfigError, DataError, LocVLMError
 from locvlm.presets import preset
 from locvlm.records import fingerprint, read_json, write_json
 from workflows.provenance import code_version, run_name
@@ -56,17 +60,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m workflows.run_local", description=__doc__)
+    parser.add_argument("--pipeline", choices=("image", "ablation"), default="image", help="default: %(default)s")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="ablation: only these (default: all image arms)")
     parser.add_argument("--preset", default="tiny", help="default: %(default)s")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, metavar="FILE", help="your COCO instances JSON (default: drawn scenes)")
     parser.add_argument("--images", type=Path, metavar="DIR", help="with --data: the folder of its images")
-    parser.add_argument("--captions", type=Path, metavar="FILE", help="with --data: COCO captions of the same images")
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        metavar="FILE",
+        help="with --data: COCO captions of the same images; with --dvc-remote: its path in it",
+    )
+    parser.add_argument("--dvc-remote", metavar="URL", help="pull the data from here: a folder or s3://bucket/prefix")
+    parser.add_argument(
+        "--data-md5",
+        metavar="HASH",
+        help="with --dvc-remote: the version to pull, a folder as `locvlm data scenes` or `data coco` makes it",
+    )
     parser.add_argument("--n-train", type=int, default=6000, metavar="N", help="scenes to train on (%(default)s)")
     parser.add_argument("--n-test", type=int, default=800, metavar="N", help="scenes to ask about (%(default)s)")
     parser.add_argument(
         "--questions", type=int, default=1000, metavar="N", help="questions of a task (default: %(default)s; 0: all)"
     )
+    parser.add_argument("--runner", choices=("local", "kuberay"), default="local", help="default: %(default)s")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--scenes", type=Path, default=Path("data/scenes"), metavar="DIR", help="default: %(default)s")
     return parser
@@ -88,15 +106,17 @@ def _environment() -> Iterator[None]:
 
 
 def _run(args: argparse.Namespace, began: float) -> None:
-    from workflows.image_pipeline import make_pipeline
     from workflows.local_runner import RunFolder, run_pipeline
 
+    pipeline, arms = _pipeline(args)
     config = preset(args.preset, [f"seed={args.seed}", *args.overrides])
     runs = args.runs.absolute()
     print(f"preparing the data of a {config.name} run", flush=True)
     data = _prepare(args, runs)
     code = code_version()
     parts = [config.fingerprint(), data.md5, str(data.root), str(data.images), data.captions, code, args.questions]
+    if args.pipeline != "image":
+        parts += [args.pipeline, *arms.values()]
     folder = RunFolder(runs / run_name(config.name, parts))
     print(f"run folder: {_short(folder.root)}", flush=True)
     uri = tracking.initialise(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}")
@@ -110,23 +130,50 @@ def _run(args: argparse.Namespace, began: float) -> None:
         "overrides": args.overrides,
         "seed": args.seed,
         "n_test": args.questions,
-        "runner": "local",
+        "runner": args.runner,
         "data_md5": data.md5,
+        "dvc_remote": args.dvc_remote or "",
         "code_version": code,
     }
-    with _parent_run(folder.root, {"preset": args.preset, "data": data.md5, "code": code}) as run, _ray(config, folder):
-        run_pipeline(make_pipeline(retries=0), arguments, folder, sys.stdout)
-        _log_results(run, folder.root)
-    _summarise(folder.root, uri, time.monotonic() - began)
+    with (
+        _parent_run(folder.root, {"preset": args.preset, "data": data.md5, "code": code}) as run,
+        _ray(config, folder, arms) if args.runner == "local" else contextlib.nullcontext(),
+    ):
+        run_pipeline(pipeline, arguments, folder, sys.stdout)
+        _log_decision(run, folder.root)
+    _summarise(folder.root, arms, uri, time.monotonic() - began)
+
+
+def _pipeline(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:
+    """The pipeline, and the title and name of its arms."""
+    from workflows import ablation_pipeline, image_pipeline
+
+    if args.pipeline == "image":
+        if args.arms:
+            raise ConfigError("running the image pipeline: --arms is for --pipeline ablation")
+        return image_pipeline.make_pipeline(retries=0), ARMS
+    known = {arm.name: arm for arm in ablation_pipeline.ARMS}
+    unknown = sorted(set(args.arms or ()) - set(known))
+    if unknown:
+        raise ConfigError(f"running the ablation: there is no arm {', '.join(unknown)}; there are {', '.join(known)}")
+    arms = [known[name] for name in dict.fromkeys(args.arms or known)]
+    pipeline = ablation_pipeline.make_pipeline(retries=0, arms=arms, video_arms=())
+    return pipeline, {arm.title: arm.name for arm in arms}
 
 
 def _prepare(args: argparse.Namespace, runs: Path) -> Data:
-    """Draw scenes or split the user's COCO file; both are left alone when they are there already."""
+    """Draw scenes or split the user's COCO file; both are left alone when they are there already. A version in a DVC
+    remote is pulled by the pipeline."""
+    if args.dvc_remote:
+        if not args.data_md5 or args.data is not None:
+            raise DataError(f"pulling data from {args.dvc_remote}: --data-md5, the version, is needed, and no --data")
+        root = runs / "data" / args.data_md5.removesuffix(".dir")
+        return Data(root, root / "images", str(root / args.captions) if args.captions else "", args.data_md5)
     log = str(runs / "prepare.log")
     if args.data is None:
         root = args.scenes.absolute()
         sizes = ["--n-train", str(args.n_train), "--n-test", str(args.n_test)]
-        _quietly(["data", "scenes", "--output", str(root), "--seed", "0", *sizes], log)
+        _quietly(["data", "scenes", "--output", str(root), "--seed", "0", "--shards", *sizes], log)
         images = root / "images"
     else:
         if args.images is None:
@@ -178,9 +225,9 @@ def _parent_run(root: Path, tags: dict[str, str]) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _ray(config: ExperimentConfig, folder: Any) -> Iterator[None]:
+def _ray(config: ExperimentConfig, folder: Any, arms: Mapping[str, str]) -> Iterator[None]:
     """One Ray head for all training steps, unless none is left to do or they do without Ray."""
-    names = ("align", *ARMS.values())
+    names = ("align", *arms.values())
     is_trained = all((folder.root / "models" / name / "receipt.json").is_file() for name in names)
     if is_trained or not config.cluster.num_workers or os.environ.get("RAY_ADDRESS"):
         yield
@@ -192,10 +239,10 @@ def _ray(config: ExperimentConfig, folder: Any) -> Iterator[None]:
         yield
 
 
-def _figures(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
+def _figures(root: Path, arms: Mapping[str, str]) -> dict[str, dict[str, dict[str, Any]]]:
     """Arm -> `task/figure` -> the figure of metrics.json."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for arm, name in ARMS.items():
+    for arm, name in arms.items():
         found[arm] = {}
         for path in sorted((root / "predictions" / name).glob("*.metrics.json")):
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -203,30 +250,34 @@ def _figures(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
-def _log_results(run: Any, root: Path) -> None:
-    for arm, figures in _figures(root).items():
-        run.log_metrics({f"{arm}/{key}": figure["value"] for key, figure in figures.items()}, 0)
-    run.log_artifact(root / "report" / "report.html", "report")
-    run.log_artifact(root / "decision.json", "gate")
+def _log_decision(run: Any, root: Path) -> None:
+    if (root / "decision.json").is_file():
+        run.log_artifact(root / "decision.json", "gate")
 
 
-def _summarise(root: Path, uri: str, seconds: float) -> None:
-    figures = _figures(root)
+def _summarise(root: Path, arms: Mapping[str, str], uri: str, seconds: float) -> None:
+    figures = _figures(root, arms)
+    margin = max(10, *(len(arm) for arm in arms))
     shown = [key for key in SHOWN if all(key in known for known in figures.values())]
     widths = [max(len(key), 10) for key in shown]
-    print("\n" + " " * 12 + "  ".join(f"{key:>{width}}" for key, width in zip(shown, widths, strict=True)))
+    print("\n" + " " * (margin + 2) + "  ".join(f"{key:>{width}}" for key, width in zip(shown, widths, strict=True)))
     for arm, known in figures.items():
         cells = [f"{known[key]['value']:>{width}.3f}" for key, width in zip(shown, widths, strict=True)]
-        print(f"  {arm:<10}" + "  ".join(cells))
-    decision = json.loads((root / "decision.json").read_text(encoding="utf-8"))
-    alias = "champion" if decision["promoted"] else "challenger (a gate did not hold)"
-    print(f"\nmodel:   {decision['name']} version {decision['version']}, alias {alias}")
-    for gate in decision["gates"]:
-        if not gate["held"]:
-            print(f"         {gate['gate']} gate, {gate['figure']}: {gate['reason']}")
+        print(f"  {arm:<{margin}}" + "  ".join(cells))
+    print()
+    if (root / "decision.json").is_file():
+        _tell_decision(json.loads((root / "decision.json").read_text(encoding="utf-8")))
     print(f"report:  {root / 'report' / 'report.html'}")
     print(f"MLflow:  make ui   (mlflow ui --backend-store-uri {uri})")
     print(f"time:    {int(seconds // 60)} min {int(seconds % 60)} s")
+
+
+def _tell_decision(decision: Mapping[str, Any]) -> None:
+    alias = "champion" if decision["promoted"] else "challenger (a gate did not hold)"
+    print(f"model:   {decision['name']} version {decision['version']}, alias {alias}")
+    for gate in decision["gates"]:
+        if not gate["held"]:
+            print(f"         {gate['gate']} gate, {gate['figure']}: {gate['reason']}")
 
 
 def _short(path: Path) -> str:

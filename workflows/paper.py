@@ -1,0 +1,471 @@
+"""`python -m workflows.paper`: the paper in miniature, on drawn scenes and the tiny preset; what `make paper` does.
+
+Every arm starts from the same aligned model of its seed and takes equally many steps of equally many questions. The
+small share of left-or-right questions is the same in all arms but `direct`; what the location objectives do not take,
+captions and presence questions fill. All questions that are asked are about scenes of a test split that
+nothing was chosen on. Finished steps are kept: started again, it goes on.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from locvlm.cli.steps import last_words
+from locvlm.config import ExperimentConfig
+from locvlm.errors import ConfigError, LocVLMError
+from locvlm.evaluation.score import read_metrics
+from locvlm.evaluation.verdicts import Contrast, Verdict, contrast, overall
+from locvlm.model.checkpoint import TINY_FOUNDATION
+from locvlm.presets import preset
+from locvlm.records import atomic_write, fingerprint
+from workflows.ablation_pipeline import ARMS, FULL, GENERIC_SHARES, LOCATION_SHARES, Arm, mixture
+from workflows.provenance import run_name
+
+STEPS = 1000  # of stage 2
+N_TRAIN, N_TEST = 8000, 1000  # scenes
+SCENES_SEED = 20240617  # no other run of the project draws these
+QUESTIONS = 1000  # of a task
+GATE = 0.9
+
+HORIZONTAL, VERTICAL = "left-right", "above-below"
+DOSE = {HORIZONTAL: "left_right", VERTICAL: "above_below"}
+# task of an arm: (task, what it asks about)
+TASKS = {
+    "coco-spatial": "questions/{axis}",
+    "presence": "questions/presence",
+    "localization": "data/{localize}",
+    "region-description": "data/{localize}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """An arm of the ablations whose small share of spatial questions is about one axis. `mixture`: of stage 2, where
+    it is not that of `arm`."""
+
+    arm: Arm
+    axis: str = HORIZONTAL
+    shares: tuple[tuple[str, str, float], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its folders."""
+        return self.arm.name + ("" if self.axis == HORIZONTAL else "-vertical")
+
+    @property
+    def mixture(self) -> str:
+        """The override for stage 2: shares that add up to 1."""
+        if self.shares:
+            return f"stages.instruct.mixture={mixture(self.shares)}"
+        own = {objective: LOCATION_SHARES[objective] for objective in self.arm.objectives}
+        free = (sum(LOCATION_SHARES.values()) - sum(own.values())) / 2  # to captions and presence alike
+        shares = [("generic", name, round(GENERIC_SHARES[name] + free, 4)) for name in ("caption", "presence")]
+        shares.append(("generic", DOSE[self.axis], GENERIC_SHARES[DOSE[HORIZONTAL]]))
+        return f"stages.instruct.mixture={mixture([*shares, *(('localize', *share) for share in own.items())])}"
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """Task -> what it asks about, below the run's folder. Of the second axis its own questions alone."""
+        names = list(TASKS) if self.axis == HORIZONTAL else ["coco-spatial"]
+        return {name: TASKS[name].format(axis=self.axis, localize=self.arm.data("test")) for name in names}
+
+
+_BY_NAME = {arm.name: arm for arm in ARMS}
+_NONE = _BY_NAME["none"]
+# the evaluated questions themselves, in bulk: what is learnable here at all
+DIRECT = Trained(
+    Arm("direct", "direct supervision", ()),
+    shares=(
+        ("generic", "presence", 0.25),
+        ("generic", "left_right", 0.35),
+        ("localize", "loc_pred", 0.25),
+        ("localize", "rev_loc", 0.15),
+    ),
+)
+MINIATURE = (
+    Trained(FULL),
+    Trained(_NONE),
+    DIRECT,
+    Trained(FULL, VERTICAL),
+    Trained(_NONE, VERTICAL),
+    *(Trained(_BY_NAME[name]) for name in ("loc", "loc-neg", "nfp", "diga", "point")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One claim: of each contrast the arm said to be better, the other one, the task, its figure, and words for it."""
+
+    letter: str
+    text: str
+    tables: str
+    contrasts: tuple[tuple[str, str, str, str, str], ...] = ()
+    why_not: str = ""
+
+
+_SIDE, _PRESENCE, _WHERE = ("coco-spatial", "accuracy"), ("presence", "accuracy"), ("localization", "mean_iou")
+CLAIMS = (
+    Claim(
+        "a",
+        "LocPred, NegPred and RevLoc raise spatial reasoning",
+        "4",
+        (
+            ("full", "none", *_SIDE, "left or right, accuracy"),
+            ("full-vertical", "none-vertical", *_SIDE, "above or below, accuracy"),
+        ),
+    ),
+    Claim(
+        "b",
+        "NegPred lowers hallucination",
+        "8, 9",
+        (
+            ("loc-neg", "loc", *_PRESENCE, "presence, accuracy"),
+            ("loc-neg", "loc", "localization", "neg_f1", "objects that are not there, F1 of denying them"),
+        ),
+    ),
+    Claim(
+        "c",
+        "pseudo-captions lift region description",
+        "11",
+        why_not="drawn objects have no descriptions beyond their category name",
+    ),
+    Claim(
+        "d",
+        "integer-valued binning against the other ways to write a place",
+        "2",
+        (
+            ("full", "nfp", *_SIDE, "against NFP: left or right, accuracy"),
+            ("full", "nfp", *_WHERE, "against NFP: LocPred, mean IoU"),
+            ("full", "diga", *_SIDE, "against DIGA: left or right, accuracy"),
+            ("full", "diga", *_WHERE, "against DIGA: LocPred, mean IoU"),
+        ),
+    ),
+    Claim(
+        "e",
+        "each objective adds",
+        "11",
+        (
+            ("loc", "none", *_SIDE, "LocPred added: left or right, accuracy"),
+            ("loc-neg", "loc", *_SIDE, "NegPred added: left or right, accuracy"),
+            ("full", "loc-neg", *_SIDE, "RevLoc added: left or right, accuracy"),
+        ),
+    ),
+    Claim(
+        "f",
+        "boxes against points",
+        "11",
+        (("full", "point", *_SIDE, "left or right, accuracy"),),
+    ),
+    Claim("g", "video objectives help", "12", why_not="there are no drawn clips yet"),
+)
+
+
+@dataclass(slots=True)
+class Plan:
+    """Where everything is, and how it is made."""
+
+    root: Path
+    config: ExperimentConfig
+    overrides: list[str]
+    seeds: list[int]
+    arms: list[Trained]
+    n_train: int
+    n_test: int
+    jobs: int
+
+    def metrics(self, arm: str, seed: int, task: str) -> Path:
+        """The figures of one task."""
+        return self.root / "predictions" / str(seed) / arm / f"{task}.metrics.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not finished and write the page; returns the exit code (2: the user can fix it, 130: stopped)."""
+    args = _parser().parse_args(argv)
+    try:
+        plan = _plan(args)
+        print(f"run folder: {plan.root}", flush=True)
+        if not args.only_report:
+            _run(plan)
+        with atomic_write(args.output) as file:
+            file.write(page(plan))
+        print(f"wrote {args.output}", flush=True)
+    except LocVLMError as error:
+        print(f"\n{error}\n\nfinished steps are kept: mend this and run `make paper` again", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped; finished steps are kept, run `make paper` again to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    names = [arm.name for arm in MINIATURE]
+    parser = argparse.ArgumentParser(prog="python -m workflows.paper", description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    parser.add_argument(
+        "--arms", nargs="+", default=names, choices=names, metavar="NAME", help=f"of {', '.join(names)}"
+    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="of stage 2 (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, nargs=2, default=(N_TRAIN, N_TEST), metavar=("TRAIN", "TEST"))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="at once, a core each")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/miniature.md"), help="default: %(default)s")
+    parser.add_argument("--only-report", action="store_true", help="train nothing: the page of what is finished")
+    return parser
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    if args.jobs < 1 or args.steps < 1 or min(args.scenes) < 1:
+        raise ConfigError("running the paper in miniature: --jobs, --steps and --scenes must be at least 1")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ConfigError(f"running the paper in miniature: a seed of --seeds {args.seeds} is given twice")
+    overrides = [f"stages.instruct.steps={args.steps}", "cluster.num_workers=0", *args.overrides]
+    config = preset("tiny", overrides)
+    foundation = TINY_FOUNDATION if config.model.foundation == "tiny" else Path(config.model.foundation)
+    parts = [config.fingerprint(), fingerprint(foundation), *args.scenes]
+    arms = [arm for arm in MINIATURE if arm.name in args.arms]
+    root = args.runs.absolute() / run_name("paper", parts)
+    n_train, n_test = args.scenes
+    return Plan(root, config, overrides, args.seeds, arms, n_train, n_test, args.jobs)
+
+
+def _run(plan: Plan) -> None:
+    plan.root.mkdir(parents=True, exist_ok=True)
+    todo = list(_data_steps(plan))
+    for name, argv, output in todo:
+        _locvlm(plan, name, argv if name == "scenes" else [*argv, "--preset", "tiny"], output)
+    for seed in plan.seeds:
+        _align(plan, seed)
+    chains = [(arm, seed) for seed in plan.seeds for arm in plan.arms if not _is_finished(plan, arm, seed)]
+    n_done = len(plan.seeds) * len(plan.arms) - len(chains)
+    began, n_before = time.monotonic(), n_done
+    _tell(plan, n_done, n_before, began, "")
+    with ThreadPoolExecutor(plan.jobs) as pool:
+        running: set[Future[str]] = {pool.submit(_arm, plan, arm, seed) for arm, seed in chains}
+        try:
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    n_done += 1
+                    _tell(plan, n_done, n_before, began, future.result())
+        except BaseException:
+            for future in running:
+                future.cancel()
+            raise
+
+
+def _data_steps(plan: Plan) -> Iterator[tuple[str, list[str], Path]]:
+    """Name, verb and output of everything that arms share."""
+    data, questions = plan.root / "data", plan.root / "questions"
+    scenes = data / "scenes"
+    drawing = ["--seed", str(SCENES_SEED), "--n-train", str(plan.n_train), "--n-test", str(plan.n_test)]
+    yield "scenes", ["data", "scenes", *drawing, "--shards"], scenes
+    train, test = (["--annotations", str(scenes / f"instances_{split}.json")] for split in ("train", "test"))
+    captions = ["--captions", str(scenes / "captions_train.json")]
+    yield "generic", ["data", "generic", *train, *captions], data / "generic"
+    for axis, option in ((HORIZONTAL, "horizontal"), (VERTICAL, "vertical")):
+        yield axis, ["data", "coco-spatial", *test, "--axis", option], questions / axis
+    yield "presence", ["data", "hallucination", *test], questions / "presence"
+    made = set()
+    for trained in plan.arms:
+        places = [part for place in trained.arm.places for part in ("--set", place)]
+        for split, annotations in (("train", train), ("test", test)):
+            name = trained.arm.data(split)
+            if name not in made:
+                made.add(name)
+                yield name, ["data", "localize-instruct", *annotations, *places], data / name
+
+
+def _align(plan: Plan, seed: int) -> None:
+    output = plan.root / "models" / str(seed) / "align"
+    argv = ["train", "--stage", "align", "--data", f"generic={plan.root / 'data' / 'generic'}", *_common(plan, seed)]
+    _locvlm(plan, f"{seed}-align", argv, output)
+
+
+def _arm(plan: Plan, trained: Trained, seed: int) -> str:
+    """Train, ask, score. Returns a line about it."""
+    model = plan.root / "models" / str(seed) / trained.name
+    data = plan.root / "data"
+    argv = ["train", "--stage", "instruct", "--data", f"generic={data / 'generic'}"]
+    if trained.arm.objectives:
+        argv += ["--data", f"localize={data / trained.arm.data('train')}"]
+    argv += [*_common(plan, seed), "--set", trained.mixture]
+    argv += [part for place in trained.arm.places for part in ("--set", place)]
+    argv += ["--model", str(model.parent / "align")]
+    _locvlm(plan, f"{seed}-{trained.name}-train", argv, model)
+    asking = ["predict", "--model", str(model), "--images", str(data / "scenes" / "images")]
+    asking += ["--limit", str(QUESTIONS)]
+    scoring = {}
+    paths = {task: plan.metrics(trained.name, seed, task) for task in trained.tasks}
+    for task, path in paths.items():
+        about = ["--task", task, "--data", str(plan.root / trained.tasks[task])]
+        predictions = str(path.with_name(f"{task}.jsonl"))
+        asking += [*about, "--output", predictions]
+        scoring[path] = ["score", *about, "--predictions", predictions]
+    _locvlm(plan, f"{seed}-{trained.name}-predict", asking)
+    for path, verb in scoring.items():
+        _locvlm(plan, f"{seed}-{trained.name}-score", verb, path)
+    found = [(task, read_metrics(path)) for task, path in paths.items()]
+    figures = (f"{task} {100 * values['figures'][values['primary']]['value']:.1f}" for task, values in found)
+    return f"seed {seed}, {trained.name}: {', '.join(figures)}"
+
+
+def _common(plan: Plan, seed: int) -> list[str]:
+    overrides = [part for override in (*plan.overrides, f"seed={seed}") for part in ("--set", override)]
+    return ["--preset", "tiny", *overrides, "--images", str(plan.root / "data" / "scenes" / "images"), "--workers", "0"]
+
+
+def _locvlm(plan: Plan, name: str, argv: Sequence[str], output: Path | None = None) -> None:
+    """Run a verb in a process of its own, on one core; with `output`, unless that is there. Raises LocVLMError with
+    the verb's last words."""
+    if output is not None and output.exists():
+        return
+    log = plan.root / "logs" / f"{name}.log"
+    log.parent.mkdir(exist_ok=True)
+    with open(log, "ab") as file:
+        file.write(f"$ locvlm {argv[0]}\n".encode())
+        file.flush()
+        command = [sys.executable, "-m", "locvlm", *argv, *(["--output", str(output)] if output else [])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
+    if done.returncode:
+        raise LocVLMError(f"{name} ended with exit code {done.returncode}: {last_words(log)} (its log: {log})")
+
+
+def _is_finished(plan: Plan, trained: Trained, seed: int) -> bool:
+    return all(plan.metrics(trained.name, seed, task).is_file() for task in trained.tasks)
+
+
+def _tell(plan: Plan, n_done: int, n_before: int, began: float, news: str) -> None:
+    """A line with what is finished and the time that is left, judged by the runs of this start."""
+    total = len(plan.seeds) * len(plan.arms)
+    left = ""
+    if n_done > n_before:
+        seconds = (time.monotonic() - began) / (n_done - n_before) * (total - n_done)
+        left = f", {seconds / 60:.0f} min left"
+    print(f"[{n_done}/{total}] {news or 'runs are finished'}{left}", flush=True)
+
+
+def page(plan: Plan) -> str:
+    """The page: what was run, the gates, each claim with its verdict, the figures behind it, and all arms."""
+    sections = [_head(plan), _gates(plan)]
+    rows = ["## Claims", "", "| | claim | paper's table | verdict |", "|---|---|---|---|"]
+    details = []
+    for claim in CLAIMS:
+        found = [(words, _contrast(plan, *names)) for *names, words in claim.contrasts]
+        verdict = overall([_verdict(one) for _, one in found])
+        rows.append(f"| {claim.letter} | {claim.text} | {claim.tables} | **{verdict}**{_reason(claim)} |")
+        details += _details(claim, found)
+    sections += ["\n".join(rows), "\n".join(details), _arms(plan)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _head(plan: Plan) -> str:
+    stage = plan.config.stages.instruct
+    assert stage is not None
+    return f"""# The paper in miniature
+
+Written by `make paper`; do not edit. Drawn scenes ({plan.n_train} to train on, {plan.n_test} to ask about, drawn for
+this page alone), the tiny preset, {len(plan.seeds)} seeds ({", ".join(map(str, plan.seeds))}). Stage 1 and stage 2
+from the same foundation; stage 2 takes {stage.steps} steps of {stage.global_batch} images with
+{stage.conversations_per_image} questions each in every arm. All arms but `direct` have
+the same share ({100 * GENERIC_SHARES["left_right"]:.0f} %) of questions about sides; where an arm lacks a location
+objective, captions and presence questions have its share. Arms take equally many questions, not tokens: a
+place costs more tokens than a yes.
+
+A claim is *shown* when the 95 % interval of the difference over the seeds (Student's, a seed is one observation) lies
+above 0 in every figure named, and the better arm is above the floor, the best answer that never looks at the image;
+*contrary* when it lies below 0 in one of them; else *not shown*. Percent; the answers lie in
+`runs/*/predictions/<seed>/<arm>/`, and `locvlm score` computes every figure of an arm from them again."""
+
+
+def _gates(plan: Plan) -> str:
+    rows = ["## Gates", "", "| gate | figure | wanted | passed |", "|---|---|---|---|"]
+    gates = [
+        ("left or right, asked directly in training", "coco-spatial", "accuracy"),
+        ("presence, asked directly in training", "presence", "accuracy"),
+        ("LocPred, centre in box", "localization", "centre_in_box"),
+        ("RevLoc, names the object there", "region-description", "names_category"),
+    ]
+    for words, task, figure in gates:
+        values = _values(plan, DIRECT.name, task, figure)
+        if values is None:
+            rows.append(f"| {words} | not run | {100 * GATE:.0f} | |")
+            continue
+        mean = sum(values) / len(values)
+        rows.append(f"| {words} | {_each(values)} | {100 * GATE:.0f} | {'yes' if mean >= GATE else 'no'} |")
+    return "\n".join(rows)
+
+
+def _details(claim: Claim, found: Sequence[tuple[str, Contrast | None]]) -> list[str]:
+    if not found:
+        return []
+    lines = [f"### {claim.letter}: {claim.text}", ""]
+    lines += ["| figure | arm | other arm | difference (95 %) | floor | verdict |", "|---|---|---|---|---|---|"]
+    for (better, other, _, _, words), (_, one) in zip(claim.contrasts, found, strict=True):
+        if one is None:
+            lines.append(f"| {words} | {better} | {other} | | | not run |")
+            continue
+        between = "" if one.low is None or one.high is None else f" ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
+        floor = "" if one.floor is None else f"{100 * one.floor:.1f}"
+        sides = (f"{name} {100 * spread.mean:.1f}" for name, spread in ((better, one.better), (other, one.other)))
+        difference = f"{100 * one.difference:+.1f}{between}"
+        lines.append(f"| {words} | {' | '.join(sides)} | {difference} | {floor} | {one.verdict} |")
+    return [*lines, ""]
+
+
+def _arms(plan: Plan) -> str:
+    names = ["left or right", "presence", "LocPred IoU", "NegPred F1", "RevLoc"]
+    figures = [
+        _SIDE,
+        _PRESENCE,
+        _WHERE,
+        ("localization", "neg_f1"),
+        ("region-description", "names_category"),
+    ]
+    lines = ["## All arms, a figure a seed", "", f"| arm | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for trained in MINIATURE:
+        cells = [_values(plan, trained.name, *figure) for figure in figures]
+        if any(cells):
+            lines.append(f"| {trained.name} | {' | '.join(_each(values) if values else '' for values in cells)} |")
+    return "\n".join(lines)
+
+
+def _contrast(plan: Plan, better: str, other: str, task: str, figure: str) -> Contrast | None:
+    """None where one of the arms is not finished for every seed."""
+    values = [_values(plan, name, task, figure) for name in (better, other)]
+    if values[0] is None or values[1] is None:
+        return None
+    floor = read_metrics(plan.metrics(better, plan.seeds[0], task))["figures"][figure]["floor"]
+    return contrast(values[0], values[1], floor)
+
+
+def _values(plan: Plan, name: str, task: str, figure: str) -> list[float] | None:
+    """A figure of an arm, seed by seed."""
+    paths = [plan.metrics(name, seed, task) for seed in plan.seeds]
+    if not all(path.is_file() for path in paths):
+        return None
+    return [float(read_metrics(path)["figures"][figure]["value"]) for path in paths]
+
+
+def _verdict(found: Contrast | None) -> Verdict:
+    return "not run" if found is None else found.verdict
+
+
+def _reason(claim: Claim) -> str:
+    return f" ({claim.why_not})" if claim.why_not else ""
+
+
+def _each(values: Sequence[float]) -> str:
+    return ", ".join(f"{100 * value:.1f}" for value in values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
