@@ -9,9 +9,11 @@ from jsonschema import Draft202012Validator
 
 FILES = {
     "RayJob": "kuberay/ray.io_rayjobs.yaml",
+    "RayService": "kuberay/ray.io_rayservices.yaml",
     "ResourceFlavor": "kueue/kueue.x-k8s.io_resourceflavors.yaml",
     "ClusterQueue": "kueue/kueue.x-k8s.io_clusterqueues.yaml",
     "LocalQueue": "kueue/kueue.x-k8s.io_localqueues.yaml",
+    "WorkloadPriorityClass": "kueue/kueue.x-k8s.io_workloadpriorityclasses.yaml",
 }
 
 

@@ -1,14 +1,15 @@
 """The shipped foundation sees: it answers presence questions about scenes that it has never seen."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 from locvlm.data.coco import read_instances
 from locvlm.data.hallucination import build_presence
 from locvlm.data.scenes import draw_scenes
+from locvlm.evaluation.asks import Ask
 from locvlm.model import load
 from locvlm.model.checkpoint import TINY_FOUNDATION
 from locvlm.model.variants import count_parameters
+from locvlm.pixels import open_images
 from locvlm.presets import preset
 
 
@@ -19,8 +20,8 @@ def test_the_shipped_foundation_answers_nine_of_ten_presence_questions(tmp_path:
     assert 1_000_000 < count_parameters(foundation.model) < 2_000_000
     draw_scenes(tmp_path / "scenes", seed=99, n_train=1, n_test=40)
     rows = build_presence(read_instances(tmp_path / "scenes" / "instances_test.json"), seed=0).rows
-    images = tmp_path / "scenes" / "images"
-    asks = [SimpleNamespace(id=row["id"], image=images / row["image"], prompt=row["prompt"]) for row in rows]
+    images = open_images(tmp_path / "scenes" / "images")
+    asks = [Ask(row["id"], images, row["image"], row["prompt"]) for row in rows]
     answers = foundation.answers(asks, preset("tiny").evaluation)
     right = sum(answer.lower().startswith(row["reference"]) for answer, row in zip(answers, rows, strict=True))
     assert len(rows) >= 120

@@ -17,8 +17,11 @@ def start(folder: Path, *options: str) -> int:
     [
         (["--set", "sed=1"], "sed: there is no such setting; did you mean seed?"),
         (["--preset", "tyni"], "it must be one of tiny"),
+        (["--arms", "nfp"], "--arms is for --pipeline ablation"),
+        (["--pipeline", "ablation", "--arms", "npf"], "there is no arm npf; there are full, nfp"),
         (["--data", "instances.json"], "--images, the folder of its images, is needed too"),
         (["--data", "instances.json", "--images", "."], "there is no such file"),
+        (["--dvc-remote", "s3://bucket/data"], "--data-md5, the version, is needed"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_made(
@@ -29,6 +32,17 @@ def test_a_mistake_is_told_before_anything_is_made(
     assert message in said
     assert "run `make demo` again" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tracking_server_that_is_away_is_told_before_any_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert start(tmp_path, "--n-train", "8", "--n-test", "8") == 2
+    said = capsys.readouterr().err
+    assert "talking to MLflow at http://127.0.0.1:9: " in said
+    assert "run `make demo` again" in said
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["prepare.log"]
 
 
 def test_a_file_that_is_not_cocos_is_told_in_the_verbs_own_words(
@@ -70,7 +84,7 @@ def test_the_summary_shows_both_arms_the_gate_and_the_page(tmp_path: Path, capsy
     gate = {"gate": "floor", "figure": "presence/accuracy", "held": False, "reason": "0.4 is not above 0.5"}
     decision = {"name": "locvlm", "version": "3", "promoted": False, "gates": [gate]}
     (tmp_path / "decision.json").write_text(json.dumps(decision))
-    run_local._summarise(tmp_path, "sqlite:////runs/mlflow.db", 312.0)
+    run_local._summarise(tmp_path, run_local.ARMS, "sqlite:////runs/mlflow.db", 312.0)
     assert capsys.readouterr().out.splitlines()[1:] == [
         "            coco-spatial/accuracy",
         "  LocVLM                    0.750",

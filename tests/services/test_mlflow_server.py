@@ -18,13 +18,15 @@ from locvlm.config import dump_config
 from locvlm.errors import TrackingError
 from locvlm.presets import preset
 from locvlm.records import write_json
+from locvlm.registry import versions
+from locvlm.registry.checkpoints import fetch_checkpoint
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an MLflow server that answers under the names that k8s/mlflow.yaml lists."""
+    """The address of an MLflow server that answers under the names that k8s/base/mlflow.yaml lists."""
     folder = tmp_path_factory.mktemp("mlflow")
     uri = tracking.initialise(f"sqlite:///{folder / 'mlflow.db'}")
     with socket.socket() as probe:
@@ -69,7 +71,7 @@ def test_a_model_is_registered_and_promoted_through_the_server(
     write_json(tmp_path / "metrics.json", {"task": "coco-spatial", "figures": {"accuracy": figure}, "items": {}})
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "through the server")  # one whose artifacts the server keeps
     made = registry.register(model, {"coco-spatial": tmp_path / "metrics.json"}, "served", {"git": "abc"})
-    monkeypatch.setattr(registry, "LARGEST_UPLOAD", 3)
+    monkeypatch.setattr(versions, "LARGEST_UPLOAD", 3)
     assert not registry.register(model, {"coco-spatial": tmp_path / "metrics.json"}, "served", {}).is_new
     (model / "model.safetensors").write_bytes(b"other weights")
     pointer = registry.register(model, {"coco-spatial": tmp_path / "metrics.json"}, "served", {})
@@ -80,8 +82,8 @@ def test_a_model_is_registered_and_promoted_through_the_server(
     aliases = client.get_registered_model("served").aliases
     assert {alias: str(version) for alias, version in aliases.items()} == {"champion": "1", "challenger": "2"}
     assert client.get_run(made.run_id).info.artifact_uri.startswith("mlflow-artifacts:/")
-    stored = Path(client.download_artifacts(made.run_id, "model", str(tmp_path)))
-    assert (stored / "model.safetensors").read_bytes() == b"weights"
+    stored = fetch_checkpoint("models:/served@champion", tmp_path / "fetched")
+    assert (stored.folder / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_a_host_name_that_the_server_refuses_is_explained(server: str) -> None:

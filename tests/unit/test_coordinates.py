@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locvlm.config import CoordinateConfig
-from locvlm.coordinates import DIGA, IVB, NFP, Codec, LocationFormat, make_codec, make_location_format
+from locvlm.coordinates import DIGA, IVB, NFP, Codec, LocationFormat, PatchTokens, make_codec, make_location_format
 from locvlm.errors import ConfigError, DataError
 from locvlm.geometry import ImageGeometry
 
@@ -397,3 +397,71 @@ def test_importing_the_module_needs_no_heavy_package() -> None:
     code = "import sys, locvlm.coordinates; print({'numpy', 'pydantic', 'PIL', 'torch'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("codec", "box", "point"),
+    [
+        (NFP(decimals=3, brackets="[]"), "[0.020,0.234,0.059,0.283]", "[0.039,0.259]"),  # Shikra
+        (NFP(decimals=2, brackets="[]", separator=", "), "[0.02, 0.23, 0.06, 0.28]", "[0.04, 0.26]"),  # LLaVA-1.5
+        (PatchTokens(32), "<patch_index_0224><patch_index_0289>", "<patch_index_0257>"),  # Kosmos-2
+    ],
+)
+def test_the_forms_of_other_peoples_models(codec: Codec, box: str, point: str) -> None:
+    assert codec.encode_box(BOX, 512, 512) == box
+    assert codec.encode_point(CENTRE, 512, 512) == point
+
+
+@given(boxes())
+def test_patch_tokens_are_those_of_kosmos_2(drawn: tuple[tuple[float, float, float, float], int, int]) -> None:
+    from transformers.models.kosmos2 import processing_kosmos2 as kosmos
+
+    box, width, height = drawn
+    codec = PatchTokens(32)
+    text = codec.encode_box(box, width, height)
+    assert codec.encode_box(codec.decode_box(text, width, height), width, height) == text  # type: ignore[arg-type]
+    normal = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
+    on_edge = any(abs(value * 32 - round(value * 32)) < 1e-6 for value in normal)
+    if normal[0] < normal[2] and normal[1] < normal[3] and not on_edge:
+        first, last = kosmos.coordinate_to_patch_index(normal, 32)
+        assert text == f"<patch_index_{first:04d}><patch_index_{last:04d}>"
+        place = kosmos.patch_index_to_coordinate(first, last, 32)
+        expected = (place[0] * width, place[1] * height, place[2] * width, place[3] * height)
+        assert codec.decode_box(text, width, height) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("<phrase> a dog</phrase><object><patch_index_0044><patch_index_0863></object> runs", (250, 15, 630, 265)),
+        ("<object> <patch_index_0863> <patch_index_0044> </object>", (250, 15, 630, 265)),  # corners in any order
+        ("<patch_index_0000><patch_index_0000>", (0, 0, 20, 10)),
+        ("<patch_index_0000><patch_index_0003>", (0, 0, 80, 10)),  # one row: to the outer edges
+        ("<patch_index_0044>", None),
+        ("<patch_index_0044><patch_index_1024>", None),
+        ("<patch_index_99999999999><patch_index_0044>", None),
+        ("(1,2,3,4)", None),
+        ("", None),
+    ],
+)
+def test_patch_tokens_are_read_out_of_an_answer(text: str, box: tuple[float, ...] | None) -> None:
+    assert PatchTokens(32).decode_box(text, 640, 320) == box
+
+
+def test_a_box_at_the_border_has_its_patches_inside() -> None:
+    codec = PatchTokens(32)
+    assert codec.encode_box((0, 0, 640, 320), 640, 320) == "<patch_index_0000><patch_index_1023>"
+    assert codec.encode_box((640, 320, 640, 320), 640, 320) == "<patch_index_1023><patch_index_1023>"
+    assert codec.encode_box((20, 10, 40, 20), 640, 320) == "<patch_index_0033><patch_index_0033>"
+    assert codec.decode_point(codec.encode_point((30, 15), 640, 320), 640, 320) == (30, 15)
+    assert codec.decode_point("nowhere", 640, 320) is None
+
+
+def test_the_configuration_names_the_forms_of_others_too() -> None:
+    assert make_codec(CoordinateConfig(representation="patches", n_bins=32)) == PatchTokens(32)
+    shikra = CoordinateConfig(representation="nfp", decimals=3, brackets="[]")
+    assert make_codec(shikra) == NFP(decimals=3, brackets="[]")
+    with pytest.raises(ConfigError, match="n_side is 0"):
+        PatchTokens(0)
+    with pytest.raises(ConfigError, match="decimals is 0"):
+        NFP(decimals=0)

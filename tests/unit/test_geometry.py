@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from locvlm.config import GeometryConfig
 from locvlm.errors import ConfigError, DataError
-from locvlm.geometry import CLIP_MEAN_COLOUR, ImageGeometry, make_geometry, to_rgb
+from locvlm.geometry import CLIP_MEAN_COLOUR, ImageGeometry, box_iou, inside, make_geometry, to_rgb
 from locvlm.pixels import open_image, to_pixels
 
 KINDS = ("squash", "letterbox", "crop")
@@ -110,6 +110,23 @@ def test_letterbox_pads_with_the_mean_colour_of_clip() -> None:
     assert image.getpixel((0, 0)) == image.getpixel((63, 63)) == CLIP_MEAN_COLOUR == (122, 116, 104)
     assert image.getpixel((32, 32)) == (0, 0, 0)
     assert abs(float(to_pixels(image)[:, 0, 0].max())) < 0.02  # the mean becomes zero
+
+
+@pytest.mark.parametrize("size", [(97, 64), (64, 97), (80, 79), (79, 80), (50, 50), (1, 30), (30, 1)])
+def test_letterbox_gives_the_pixels_of_the_padded_square(size: tuple[int, int]) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    square = max(size)
+    canvas = Image.new("RGB", (square, square), CLIP_MEAN_COLOUR)
+    canvas.paste(image, ((square - size[0]) // 2, (square - size[1]) // 2))
+    wanted = canvas.resize((56, 56), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(ImageGeometry("letterbox", 56).apply(image)), np.asarray(wanted))
+
+
+def test_shikras_square_is_white_and_places_boxes_as_the_other_does() -> None:
+    white, grey = ImageGeometry("letterbox_white", 8), ImageGeometry("letterbox", 8)
+    image = white.apply(Image.new("RGB", (8, 2), (9, 9, 9)))
+    assert (image.getpixel((0, 0)), image.getpixel((0, 4))) == ((255, 255, 255), (9, 9, 9))
+    assert white.map_box((1, 0, 5, 2), 8, 2) == grey.map_box((1, 0, 5, 2), 8, 2)
 
 
 def test_crop_resizes_and_shifts_as_clip_does() -> None:
@@ -247,3 +264,16 @@ def test_real_coco_pictures_of_every_shape_pass(realdata: Path) -> None:
         for kind in KINDS:
             image = ImageGeometry(kind, 64).apply(open_image(path))  # type: ignore[arg-type]
             assert (image.mode, image.size) == ("RGB", (64, 64))
+
+
+def test_iou_of_boxes_worked_by_hand() -> None:
+    assert box_iou((0, 0, 10, 10), (0, 0, 10, 10)) == 1.0
+    assert box_iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(50 / 150)
+    assert box_iou((0, 0, 10, 10), (10, 0, 20, 10)) == 0.0
+    assert box_iou((0, 0, 10, 10), (20, 20, 30, 30)) == 0.0
+    assert box_iou((3, 3, 3, 3), (3, 3, 3, 3)) == 0.0
+
+
+def test_a_point_on_the_border_is_inside() -> None:
+    assert inside((10, 5), (0, 0, 10, 10))
+    assert not inside((10.01, 5), (0, 0, 10, 10))

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locvlm import prompts
-from locvlm.config import SYSTEM
+from locvlm.config import SYSTEM, FamilyConfig
 from locvlm.errors import DataError
 
 BBOX = "(x1,y1,x2,y2) bbox"
@@ -70,6 +70,13 @@ def test_reverse_questions_are_filled_in() -> None:
         "Provide a caption for object at (4,52,13,63)?",
         "What is at location (4,52,13,63) in image?",
     ]
+
+
+def test_a_video_is_called_one_on_request_and_a_description_is_left_alone() -> None:
+    asked = prompts.loc_question(0, "image on a wall", BBOX, medium="video")
+    assert asked == f"Where is the object described image on a wall located in video in terms of {BBOX}?"
+    assert prompts.neg_answer("video") == "There is no such object in the video"
+    assert prompts.rev_question(2, "(1,2,3,4)", "video") == "What is at location (1,2,3,4) in video?"
 
 
 def test_the_caption_request_names_the_category() -> None:
@@ -242,3 +249,49 @@ def test_the_plain_layout_is_exact() -> None:
     text, (start, end) = prompts.render_plain(" a cat on a mat \n")
     assert text == "<image>a cat on a mat\n"
     assert text[start:end] == "a cat on a mat\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("It is Left.", "left"),
+        ("to the right of it", "right"),
+        ("left or right", "both"),
+        ("leftover", None),
+        ("", None),
+    ],
+)
+def test_the_side_that_an_answer_names(answer: str, said: str | None) -> None:
+    assert prompts.said_side(answer, "left") == prompts.said_side(answer, "right") == said
+
+
+def test_an_answer_that_says_the_object_is_absent() -> None:
+    assert prompts.says_absent(prompts.neg_answer())
+    assert prompts.says_absent("There's no cat here")
+    assert not prompts.says_absent(prompts.loc_answer("(1,2,3,4)"))
+    assert not prompts.says_absent("I see there is no doubt about it")
+
+
+FAMILY = FamilyConfig(
+    family="shikra",
+    layout="S USER: {turn} ASSISTANT:",
+    question=prompts.SHIKRA_QUESTION,
+    short_question="<image> {question} Briefly.",
+    loc_pred=prompts.SHIKRA_LOC,
+)
+
+
+def test_a_familys_question_and_its_own_turns_are_framed() -> None:
+    asked = prompts.render_family("What is <image> it?", FAMILY)
+    assert asked == (
+        "S USER: For this image <image>, I want a simple and direct answer to my question: What is  it? ASSISTANT:"
+    )
+    short = prompts.render_family(f"What is it?{prompts.SHORT_ANSWER_SUFFIX}", FAMILY)
+    assert short == "S USER: <image> What is it? Briefly. ASSISTANT:"
+    own = prompts.fill_turn(FAMILY.loc_pred, description=" the {loc} </s>dog ")
+    assert own == "In the given <image>, could you find and tell me the coordinates of the {loc} dog?"
+    assert prompts.is_own_turn(own, FAMILY.loc_pred)
+    assert prompts.render_family(own, FAMILY) == f"S USER: {own} ASSISTANT:"
+    assert not prompts.is_own_turn(own, "")
+    with pytest.raises(DataError, match="is empty"):
+        prompts.render_family(" <image> ", FAMILY)

@@ -1,6 +1,7 @@
 """The registry on a SQLite store: versions, their lineage, and a gate that holds or does not."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from locvlm.errors import DataError, GateError, TrackingError
 from locvlm.evaluation.metrics import paired_difference
 from locvlm.presets import preset
 from locvlm.records import fingerprint, write_json
+from locvlm.registry import versions
+from locvlm.registry.champion import PROMOTED, Change, crown, history
+from locvlm.registry.checkpoints import fetch_checkpoint
 
 FLOORED = "gate.must_beat_floor=[coco-spatial/accuracy]"
 
@@ -75,8 +79,9 @@ def test_a_version_carries_its_lineage_its_figures_and_its_files(tmp_path: Path)
     assert version.tags["places"] == "ivb-48-squash"
     assert version.tags["figure/coco-spatial/accuracy"] == "0.750 [0.600, 0.900], n 4, floor 0.500"
     assert str(client.get_registered_model("lineage").aliases["challenger"]) == made.version
-    stored = Path(client.download_artifacts(made.run_id, "model", str(tmp_path)))
-    assert (stored / "model.safetensors").read_text() == "weights"
+    stored = fetch_checkpoint("models:/lineage@challenger", tmp_path / "fetched")
+    assert fingerprint(stored.folder) == fingerprint(model)
+    assert (stored.name, stored.version) == ("lineage", made.version)
     assert client.get_run(made.run_id).data.metrics == {"coco-spatial/accuracy": 0.75}
 
 
@@ -94,15 +99,31 @@ def test_registering_the_same_again_gives_the_same_version(tmp_path: Path) -> No
 def test_large_weights_stay_where_they_are_and_the_version_points_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "LARGEST_UPLOAD", 5)
+    monkeypatch.setattr(versions, "LARGEST_UPLOAD", 5)
     model = make_model(tmp_path / "model", "weights")
     write_json(tmp_path / "metrics.json", measured([True], 0.2, 1.0))
     made = registry.register(model, {"coco-spatial": tmp_path / "metrics.json"}, "large", {})
     client = tracking.connect()
     assert made.weights == model.as_uri()
     assert client.get_model_version("large", made.version).tags["weights"] == model.as_uri()
-    names = {Path(entry.path).name for entry in client.list_artifacts(made.run_id, "model")}
+    names = {Path(entry.path).name for entry in client.list_artifacts(made.run_id, "model/artifacts/checkpoint")}
     assert names == {"config.json", "locvlm.yaml", "receipt.json"}
+    assert fetch_checkpoint(f"models:/large/{made.version}", tmp_path / "fetched").folder == model
+    (model / "model.safetensors").write_text("another training's weights")
+    with pytest.raises(TrackingError, match="no longer holds what was registered"):
+        fetch_checkpoint(f"models:/large/{made.version}", tmp_path / "fetched")
+    model.rename(tmp_path / "elsewhere")
+    with pytest.raises(TrackingError, match=f"left in {model}, which is not there; mount"):
+        fetch_checkpoint(f"models:/large/{made.version}", tmp_path / "fetched")
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [("models:/nobody@champion", "nobody"), ("models:/a/b/c", "models:/NAME@ALIAS"), ("runs:/x", "models:/NAME@ALIAS")],
+)
+def test_a_version_that_is_not_there_is_told(tmp_path: Path, uri: str, words: str) -> None:
+    with pytest.raises(TrackingError, match=words):
+        fetch_checkpoint(uri, tmp_path)
 
 
 def test_metrics_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -171,32 +192,151 @@ def test_models_that_answered_the_same_questions_are_compared_in_pairs(tmp_path:
     assert decision.gates[0].numbers["high"] > decision.gates[0].numbers["champion_low"]
     assert decision.gates[0].numbers["difference"] == pytest.approx(-0.25)
     assert champion("paired") == first
-    with pytest.raises(GateError, match=rf"version {first} stays champion\n.*difference -0\.250"):
+    with pytest.raises(GateError, match=rf"version {first} stays champion\n.*paired difference -0\.250"):
         decision.check()
     better = add(tmp_path, "paired", measured([True] * 100, 0.96, 1.0))
     assert registry.promote("paired", better, paired_difference).promoted
     assert champion("paired") == better
 
 
-def test_a_tolerance_lets_a_slightly_worse_model_pass(tmp_path: Path) -> None:
+def test_a_wide_interval_does_not_pass_whatever_its_middle(tmp_path: Path) -> None:
+    """One question better of ten: the interval of the difference begins below 0, and nothing is proven."""
+    first = add(tmp_path, "wide", measured([True] * 5 + [False] * 5, 0.2, 0.8))
+    registry.promote("wide", first, paired_difference)
+    right = [False, *[True] * 6, False, False, False]  # one lost, two won
+    decision = registry.promote("wide", add(tmp_path, "wide", measured(right, 0.3, 0.9)), paired_difference)
+    numbers = decision.gates[0].numbers
+    assert numbers["difference_low"] < 0 < numbers["difference"] < numbers["difference_high"]
+    assert not decision.promoted
+    assert re.search(
+        r"paired difference \+0\.100 \[-0\.\d+, \+0\.\d+\], its low end is below 0$", decision.gates[0].reason
+    )
+    assert champion("wide") == first
+
+
+def test_an_identical_model_holds_and_a_surely_better_one_too(tmp_path: Path) -> None:
+    half = [True, False] * 50
+    registry.promote("same", add(tmp_path, "same", measured(half, 0.4, 0.6)), paired_difference)
+    twin = registry.promote("same", add(tmp_path, "same", measured(half, 0.4, 0.6)), paired_difference)
+    assert twin.promoted
+    assert twin.gates[0].reason.endswith("paired difference +0.000 [+0.000, +0.000], its low end is not below 0")
+
+
+def test_a_tolerance_is_a_margin_of_non_inferiority(tmp_path: Path) -> None:
     half = [True, False] * 50
     registry.promote("tolerant", add(tmp_path, "tolerant", measured(half, 0.4, 0.6)), paired_difference)
     worse = measured([ok and i % 4 == 0 for i, ok in enumerate(half)], 0.17, 0.43)
-    version = add(tmp_path, "tolerant", worse, "gate.tolerance=0.3")
-    assert registry.promote("tolerant", version, paired_difference).promoted
+    narrow = add(tmp_path, "tolerant", worse, "gate.tolerance=0.3")  # -0.25, but it may be -0.34
+    decision = registry.promote("tolerant", narrow, paired_difference)
+    assert not decision.promoted
+    assert decision.gates[0].reason.endswith("its low end is below -0.3")
+    wide = add(tmp_path, "tolerant", worse, "gate.tolerance=0.4")
+    assert registry.promote("tolerant", wide, paired_difference).promoted
 
 
-@pytest.mark.parametrize(("high", "holds"), [(0.55, True), (0.45, False)])
-def test_models_of_different_questions_are_compared_by_their_intervals(
-    tmp_path: Path, high: float, holds: bool
+@pytest.mark.parametrize(("low", "holds"), [(0.5, True), (0.45, False)])
+def test_models_of_different_questions_hold_if_their_low_end_reaches_the_champions_value(
+    tmp_path: Path, low: float, holds: bool
 ) -> None:
     name = f"intervals {holds}"
-    registry.promote(name, add(tmp_path, name, measured([True, False], 0.5, 0.6)), paired_difference)
-    version = add(tmp_path, name, measured([True, False, False], 0.2, high, ids="other"))
+    registry.promote(name, add(tmp_path, name, measured([True, False], 0.4, 0.6)), paired_difference)
+    version = add(tmp_path, name, measured([True, True, False], low, 0.9, ids="other"))
     decision = registry.promote(name, version, paired_difference)
-    assert decision.comparison.startswith("intervals, because the two cannot be paired")
+    assert decision.comparison.startswith("not paired: comparing two models on accuracy: the first has 3 questions")
     assert decision.promoted is holds
-    assert ("do not overlap" in decision.gates[0].reason) is not holds
+    end = f"the questions differ, and the low end of its interval is {'not below' if holds else 'below'} 0.500"
+    assert decision.gates[0].reason.endswith(end)
+
+
+def test_figures_of_different_judges_are_not_compared(tmp_path: Path) -> None:
+    registry.promote(
+        "judges", add(tmp_path, "judges", measured([True] * 4, 0.5, 1) | {"judge": "exact"}), paired_difference
+    )
+    version = add(tmp_path, "judges", measured([True] * 4, 1, 1) | {"judge": "lexical"})
+    decision = registry.promote("judges", version, paired_difference)
+    assert not decision.promoted
+    assert "different judges (lexical, exact): score both with one" in decision.gates[0].reason
+
+
+def crowned(folder: Path, name: str, n: int) -> list[str]:
+    """That many champions, one after the other."""
+    made = [add(folder, name, measured([True] * (20 + i), 0.9, 1.0, ids=f"set {i} ")) for i in range(n)]
+    for version in made:
+        client = tracking.connect()
+        client.set_model_version_tag(name, version, "gates", "held")
+        before = champion(name)
+        crown(client, name, Change(version, before, PROMOTED, "a test", ""))
+    return made
+
+
+def test_a_rollback_goes_one_champion_back_each_time_and_says_who_and_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, three = crowned(tmp_path, "back", 3)
+    assert main(["rollback", "--name", "back", "--reason", "sees cats everywhere", "--by", "ann"]) == 0
+    assert champion("back") == two
+    said = capsys.readouterr().out
+    assert f"back version {two} is champion again, in place of version {three}" in said
+    assert "ann: sees cats everywhere" in said
+    client = tracking.connect()
+    assert client.get_model_version("back", three).tags["rolled_back"].endswith("by ann: sees cats everywhere")
+    assert main(["rollback", "--name", "back", "--reason", "and dogs"]) == 0
+    assert champion("back") == one
+    changes = history(client, "back")
+    assert [(change.before, change.version, change.how) for change in changes] == [
+        ("", one, "promoted"),
+        (one, two, "promoted"),
+        (two, three, "promoted"),
+        (three, two, "rolled back"),
+        (two, one, "rolled back"),
+    ]
+    assert "@" in changes[-1].by
+    assert main(["rollback", "--name", "back", "--reason", "more"]) == 2
+    assert f"no champion is known before version {one}; name a version with --to (there are 1, 2, 3)" in (
+        capsys.readouterr().err
+    )
+    assert main(["rollback", "--name", "back", "--reason", "it was the data", "--to", three]) == 0
+    assert champion("back") == three
+    assert main(["rollback", "--name", "back", "--reason", "again"]) == 0
+    assert champion("back") == one
+
+
+def test_a_promotion_is_part_of_the_history(tmp_path: Path) -> None:
+    half = [True, False] * 50
+    first = add(tmp_path, "told", measured(half, 0.4, 0.6))
+    second = add(tmp_path, "told", measured([True] * 100, 0.96, 1.0))
+    for version in (first, second, second):
+        registry.promote("told", version, paired_difference)
+    changes = history(tracking.connect(), "told")
+    assert [(change.before, change.version, change.by) for change in changes] == [
+        ("", first, "the gate"),
+        (first, second, "the gate"),
+    ]
+    registry.rollback("told", "a reason", "me")
+    assert champion("told") == first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "9"], "to version 9: there is none; there are 1, 2"),
+        (["--to", "1"], "to version 1: it is champion already"),
+        (["--to", "2"], "to version 2: it never was champion, and its gates were never asked"),
+        (["--name", "nobody"], "rolling nobody back: the registry has no model of this name"),
+        (["--name", "headless"], "rolling headless back: it has no champion"),
+    ],
+)
+def test_a_rollback_to_nonsense_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    client = tracking.connect()
+    if not client.search_registered_models(filter_string="name = 'nonsense'"):
+        crowned(tmp_path, "nonsense", 1)
+        add(tmp_path, "nonsense", measured([True], 0.2, 1.0))
+        add(tmp_path, "headless", measured([True], 0.2, 1.0))
+    assert main(["rollback", "--name", "nonsense", "--reason", "r", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert champion("nonsense") == "1"
 
 
 def test_the_command_line_registers_and_gates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """MLflow on a SQLite file: what is stored, what a dead server does, what several processes may do at once."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from locvlm import tracking
 from locvlm.errors import TrackingError
+from locvlm.records import read_json, write_json
 
 MD5 = "6ea46d53348e675e87743182f72de908.dir"
 
@@ -113,6 +115,37 @@ def test_a_continued_pipeline_reopens_its_run(client: Any) -> None:
     assert client.get_run(run_id).info.status == "RUNNING"
 
 
+def test_work_that_was_cut_off_goes_on_in_its_own_run(client: Any, tmp_path: Path) -> None:
+    memo = tmp_path / "work" / "mlflow.json"
+    with contextlib.suppress(ValueError), tracking.start_stage("align", "", {"a": 1}, {}, memo) as run:
+        assert run.last_step("loss") == 0
+        run.log_metrics({"loss": 2.0}, 1)
+        run.log_metrics({"loss": 1.0}, 2)
+        raise ValueError("cut off")
+    with tracking.start_stage("align", "", {"a": 2}, {}, memo) as again:  # with other workers, say
+        assert again.run_id == run.run_id
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+        assert again.last_step("loss") == 2
+        again.log_metrics({"loss": 0.5}, 3)
+    found = client.get_run(run.run_id)
+    assert (found.info.status, found.data.params) == ("FINISHED", {"a": "1"})
+    assert "mlflow.note.content" not in found.data.tags
+    assert [point.step for point in client.get_metric_history(run.run_id, "loss")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("known", ["0" * 32, ""], ids=["of another store", "deleted"])
+def test_a_run_that_is_gone_is_begun_anew(client: Any, tmp_path: Path, known: str) -> None:
+    memo = tmp_path / "mlflow.json"
+    if not known:
+        known = tracking.open_parent_run("align", {})
+        client.delete_run(known)
+    write_json(memo, {"mlflow_run_id": known})
+    with tracking.start_stage("align", "", {}, {}, memo) as run:
+        assert run.run_id not in ("", known)
+    assert read_json(memo) == {"mlflow_run_id": run.run_id}
+    assert tracking.open_parent_run("pipeline", {}, known) not in ("", known)
+
+
 def test_artifacts_lie_beside_the_database_whatever_the_working_folder(client: Any, store: str) -> None:
     location = client.get_experiment_by_name("locvlm").artifact_location
     assert location == Path(store.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri()
@@ -185,13 +218,17 @@ def test_metrics_that_never_arrive_are_counted_aloud(caplog: pytest.LogCaptureFi
     assert "1 metric values never reached http://server" in caplog.text
 
 
-def test_a_config_is_flattened_to_text() -> None:
-    assert tracking.flatten({"a": {"b": 1, "c": [1, 2]}, "d": "text", "e": None}) == {
-        "a.b": "1",
-        "a.c": "[1, 2]",
-        "d": "text",
-        "e": "null",
-    }
+def test_a_stage_waits_at_its_end_and_fails_when_the_server_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_PATIENCE", 0.05)
+    client = Flaky(n_failures=2)
+    run = tracking.MlflowTracker(client, "http://server", "run")
+    run.log_metrics({"loss": 2.0}, 1)
+    run.deliver()
+    assert client.stored == [("loss", 1)]
+    client.n_failures = 10**9
+    run.log_metrics({"loss": 1.0}, 2)
+    with pytest.raises(TrackingError, match=r"recording 1 values that were kept while it was away: .*refused"):
+        run.deliver()
 
 
 RACE = """

@@ -1,10 +1,13 @@
 """`locvlm data ...` end to end: what the folders hold, what the user is told, and that nothing half-built stays."""
 
+import fcntl
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +204,13 @@ def test_object_captions_describe_the_objects_and_must_fit_the_annotations(
     assert manifest(output)["notes"] == {
         "caption of an annotation that is not in use": 1,
         "object without a caption: described by its category name": 45,
+        "NegPred turn about a category without a caption: asked for by its name": 20,
     }
+    captions.write_text('{"1": "The dog in the image is asleep. It snores."}')
+    raw = tmp_path / "raw"
+    assert data("localize-instruct", "--annotations", coco, "--captions", captions, "--output", raw) == 0
+    assert "dog that is asleep" in [turn.description for turn in open_conversations(raw)[0].turns]
+    assert manifest(raw)["notes"]["caption changed by normalisation"] == 1
     captions.write_text('{"999": "a stranger"}')
     command = ["localize-instruct", "--annotations", coco, "--captions", captions]
     assert "none of the 1 annotation ids" in refused(capsys, tmp_path / "x", *command)
@@ -328,8 +337,94 @@ def test_coco_spatial_writes_questions_and_balanced_counts(tmp_path: Path, coco:
     assert manifest(tmp_path / "released")["counts"]["questions"] == 26
     assert data(*released, "--both-orders", "--output", tmp_path / "both") == 0
     assert manifest(tmp_path / "both")["counts"] == {"images": 20, "questions": 52, "left": 26, "right": 26}
+    capsys.readouterr()
+    mirrored = [*released, "--mirrored", "--output", tmp_path / "mirrored"]
+    assert data(*mirrored) == 0
+    counts = {"images": 20, "questions": 52, "left": 26, "right": 26, "mirrored": 26}
+    assert (manifest(tmp_path / "mirrored")["counts"], manifest(tmp_path / "mirrored")["paper_count"]) == (
+        counts,
+        26716,
+    )
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]] == ["26", "26,716"]
     vertical = ["coco-spatial", "--annotations", coco, "--axis", "vertical"]
     assert "gave no question" in refused(capsys, tmp_path / "x", *vertical)
+
+
+def test_frozen_templates_are_the_text_of_the_llava_list_in_every_epoch(tmp_path: Path, coco: Path) -> None:
+    command = ["localize-instruct", "--annotations", coco, "--format", "llava-json", "--seed", 3]
+    assert data(*command, "--output", tmp_path / "drawn") == 0
+    assert data(*command, "--freeze-templates", "--output", tmp_path / "frozen") == 0
+    lists = [(tmp_path / name / "conversations.json").read_bytes() for name in ("drawn", "frozen")]
+    assert lists[0] == lists[1]
+    records = json.loads(lists[1])
+    other = Renderer(make_location_format(preset("locvlm-b").coordinates), preset("locvlm-b").prompts, seed=77)
+    changed = 0
+    for name in ("drawn", "frozen"):
+        for record, conversation in zip(records, open_conversations(tmp_path / name), strict=True):
+            texts = [message["value"].removeprefix("<image>\n") for message in record["conversations"]]
+            for epoch in (0, 1, 5):
+                same = other.turns(conversation, epoch) == list(zip(texts[::2], texts[1::2], strict=True))
+                assert same or name == "drawn"
+                changed += not same
+    assert changed > 60
+    assert manifest(tmp_path / "frozen")["options"]["templates"] == "frozen"
+    assert manifest(tmp_path / "frozen")["counts"] == manifest(tmp_path / "drawn")["counts"]
+
+
+def test_the_manifest_counts_the_templates_that_the_first_epoch_draws(tmp_path: Path, coco: Path) -> None:
+    coco.write_text(json.dumps(instances(200)))
+    assert data("localize-instruct", "--annotations", coco, "--output", tmp_path / "out") == 0
+    found, counts = manifest(tmp_path / "out")["templates"], manifest(tmp_path / "out")["counts"]
+    assert {kind: sum(n) for kind, n in found.items()} == {kind: counts[kind] for kind in found}
+    assert {kind: len(n) for kind, n in found.items()} == {"loc_pred": 5, "neg_pred": 5, "rev_loc": 3}
+    renderer = Renderer(make_location_format(preset("locvlm-b").coordinates), preset("locvlm-b").prompts, 0)
+    texts = [q for c in open_conversations(tmp_path / "out") for q, _ in renderer.turns(c)]
+    assert sum(text.startswith("What is at location") for text in texts) == found["rev_loc"][2]
+    assert sum(text.startswith("Localize") for text in texts) == found["loc_pred"][2] + found["neg_pred"][2]
+
+
+@pytest.mark.parametrize("verb", ["coco", "generic", "localize-instruct", "coco-spatial", "hallucination"])
+def test_yolo_labels_go_through_the_verbs_like_the_coco_file_they_were_made_of(
+    tmp_path: Path, coco: Path, verb: str
+) -> None:
+    value, labels = instances(), tmp_path / "labels"
+    labels.mkdir()
+    numbers = {category["id"]: number for number, category in enumerate(CATEGORIES)}
+    for image in value["images"]:
+        lines = []
+        for entry in value["annotations"]:
+            if entry["image_id"] == image["id"]:
+                x, y, w, h = entry["bbox"]
+                lines.append(
+                    f"{numbers[entry['category_id']]} {(x + w / 2) / 100} {(y + h / 2) / 80} {w / 100} {h / 80}"
+                )
+        (labels / f"{image['id']}.txt").write_text("\n".join(lines))
+    for name, source in (("coco", [coco]), ("yolo", [labels, "--sizes", coco])):
+        assert data(verb, "--annotations", *source, "--output", tmp_path / name) == 0
+    ours, theirs = listing(tmp_path / "yolo"), listing(tmp_path / "coco")
+    assert manifest(tmp_path / "yolo")["counts"] == manifest(tmp_path / "coco")["counts"]
+    assert [source["path"] for source in manifest(tmp_path / "yolo")["sources"]] == ["labels", "instances.json"]
+    for name in ("conversations.arrow", "questions.jsonl"):
+        assert ours.get(name) == theirs.get(name)
+
+
+def test_yolo_labels_without_sizes_or_with_others_are_told(tmp_path: Path, coco: Path, capsys: Any) -> None:
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    (labels / "1.txt").write_text("0 0.5 0.5 0.1 0.1")
+    command = ["localize-instruct", "--annotations", labels]
+    assert "nothing says these" in refused(capsys, tmp_path / "out", *command)
+    images = draw_images(tmp_path / "images", [1])
+    assert "class numbers" in refused(capsys, tmp_path / "out", *command, "--images", images)
+    assert "reading --sizes" in refused(capsys, tmp_path / "out", *command, "--sizes", tmp_path / "none.json")
+    names = tmp_path / "names.txt"
+    names.write_text("dog\ncat\n")
+    assert data(*command, "--images", images, "--class-names", names, "--output", tmp_path / "out") == 0
+    assert manifest(tmp_path / "out")["counts"]["loc_pred"] == 1
+    (labels / "2.txt").write_text("0 0.5 0.5 0.1 0.1")
+    assert "differs in sources" in refused(
+        capsys, tmp_path / "out", *command, "--images", images, "--class-names", names
+    )
 
 
 def test_hallucination_writes_as_many_yes_as_no(tmp_path: Path, coco: Path) -> None:
@@ -450,6 +545,54 @@ def test_a_forbidden_place_is_the_users_to_mend(tmp_path: Path, coco: Path, caps
 def test_a_place_below_a_file_is_the_users_to_mend(coco: Path, capsys: Any) -> None:
     assert data("localize-instruct", "--annotations", coco, "--output", coco / "out") == 2
     assert "writing" in capsys.readouterr().err
+
+
+def test_the_hash_seed_of_the_interpreter_does_not_reach_the_files(tmp_path: Path, coco: Path) -> None:
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps({str(key): f"thing number {key}" for key in range(1, 30)}))
+    found = []
+    for hash_seed in ("0", "1"):
+        output = tmp_path / hash_seed / "out"
+        command = [sys.executable, "-m", "locvlm", "data", "localize-instruct", "--annotations", coco]
+        command += ["--captions", captions, "--format", "llava-json", "--output", output]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": hash_seed})
+        found.append(listing(output))
+    assert found[0] == found[1]
+
+
+def test_a_build_that_is_killed_leaves_no_folder_and_is_finished_by_a_rerun(tmp_path: Path) -> None:
+    source, output = tmp_path / "instances.json", tmp_path / "out" / "set"
+    source.write_text(json.dumps(instances(8000)))
+    command = [sys.executable, "-m", "locvlm", "data", "localize-instruct", "--annotations", source]
+    command += ["--format", "llava-json", "--output", output]
+    # as soon as it has begun, with the Arrow file whole, and in the middle of the list
+    for moment in (".set.*", ".set.*/conversations.arrow", ".set.*/.conversations.json.*"):
+        before = set(output.parent.glob(moment))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not set(output.parent.glob(moment)) - before:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not output.exists()
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    assert data("localize-instruct", "--annotations", source, "--format", "llava-json", "--output", tmp_path / "b") == 0
+    assert listing(output) == listing(tmp_path / "b")
+    assert [path.name for path in output.parent.iterdir()] == ["set"]  # what the killed runs left is gone
+
+
+def test_the_temporary_folder_of_a_run_under_way_is_left_alone(tmp_path: Path, coco: Path) -> None:
+    held, other, abandoned = tmp_path / ".set.abcd_123", tmp_path / ".set.old.abcd_123", tmp_path / ".set.zzzzzzzz"
+    for folder in (held, other, abandoned):
+        folder.mkdir()
+        (folder / "conversations.arrow").write_text("half")
+    lock = os.open(held, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert data("localize-instruct", "--annotations", coco, "--output", tmp_path / "set") == 0
+    finally:
+        os.close(lock)
+    assert (held.exists(), other.exists(), abandoned.exists()) == (True, True, False)
 
 
 def test_the_real_program_fails_without_a_traceback_and_shows_no_bar_in_a_pipe(tmp_path: Path, coco: Path) -> None:

@@ -63,18 +63,20 @@ def test_our_own_fault_leaves_the_traceback_as_last_words(tmp_path: Path, monkey
     assert "ZeroDivisionError: a bug" in steps.last_words(tmp_path / "l.log")
 
 
-def test_a_killed_step_leaves_what_it_said_and_no_exit_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", ["step 7", ""])
+def test_a_killed_step_leaves_what_it_said_and_no_exit_code(tmp_path: Path, said: str) -> None:
     log = tmp_path / "killed.log"
+    log.write_text("$ locvlm config\nan earlier try\nended with exit code 2 after 0.1 s\n")
     code = (
         "import os, signal, sys\nfrom locvlm import cli\nfrom locvlm.cli import steps\n"
-        "def die(args):\n    print('step 7')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"def die(args):\n    print({said!r}, end='')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         "cli.configuration._print_config = die\n"
         f"steps.run_step(['config', '--preset', 'tiny'], {str(log)!r})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL
     assert steps.exit_code(log) is None
-    assert steps.last_words(log) == "step 7"
+    assert steps.last_words(log) == (said or "it said nothing")
 
 
 def test_log_records_reach_the_log_and_the_roots_handlers_come_back(
@@ -133,3 +135,9 @@ def test_a_receipt_names_the_output_and_its_fingerprint(tmp_path: Path) -> None:
 def test_a_model_folder_tells_its_own_fingerprint(tmp_path: Path) -> None:
     write_json(tmp_path / "receipt.json", {"fingerprint": "sha256:weights", "steps": 3})
     assert steps.write_receipt(str(tmp_path), str(tmp_path / "out")) == "sha256:weights"
+
+
+def test_every_result_of_a_model_has_a_file_of_its_own() -> None:
+    benchmarks = [{"task": "gqa"}, {"task": "region-description"}, {"task": "gqa", "name": "gqa-val"}, {"task": "gqa"}]
+    found = steps.file_stems(["presence", "region-description"], benchmarks)
+    assert found == ["presence", "region-description", "gqa", "region-description-2", "gqa-val", "gqa-2"]

@@ -15,7 +15,6 @@ from locvlm.data.coco import (
     absent_categories,
     check_images,
     read_instances,
-    safe_image_path,
     split_captions,
     split_instances,
     usable_objects,
@@ -65,7 +64,7 @@ def test_a_gzipped_file_reads_like_the_plain_one_whatever_its_name(tmp_path: Pat
     plain = coco_file(tmp_path, [image(1)], good(3))
     for name in ("i.json.gz", "j.json"):
         packed = tmp_path / name
-        packed.write_bytes(gzip.compress(plain.read_bytes()))
+        packed.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
         assert read_instances(packed) == read_instances(plain)
 
 
@@ -92,6 +91,7 @@ def test_a_byte_order_mark_and_a_record_out_of_the_ordinary_do_not_change_the_re
         (annotation(1, box=[1, 2, math.inf, 5]), "box that is not four finite numbers"),
         (annotation(1, box=[1, 2, 10**400, 5]), "box that is not four finite numbers"),
         (annotation(1, box=[1, 2, 5]), "box that is not four finite numbers"),
+        (annotation(1, box=[1, 2, 5, 5, 5]), "box that is not four finite numbers"),
         (annotation(1, box=None), "box that is not four finite numbers"),
         (annotation(1, box="1 2 3 4"), "box that is not four finite numbers"),
         (annotation(1, box=[True, 2, 3, 4]), "box that is not four finite numbers"),
@@ -99,6 +99,7 @@ def test_a_byte_order_mark_and_a_record_out_of_the_ordinary_do_not_change_the_re
         (annotation("x"), "annotation record without a whole-number id, image_id or category_id"),
         (annotation(1, image_id=1.5), "annotation record without a whole-number id, image_id or category_id"),
         ({"id": 1}, "annotation record without a whole-number id, image_id or category_id"),
+        (annotation(2**63), "annotation record without a whole-number id, image_id or category_id"),
         ("nonsense", "annotation record without a whole-number id, image_id or category_id"),
     ],
 )
@@ -116,6 +117,7 @@ def test_a_faulty_annotation_is_counted_and_the_rest_is_used(tmp_path: Path, fau
         (image(5, width=0), "image of zero or negative size"),
         (image(5, height=-3), "image of zero or negative size"),
         (image(5, width="100"), "image record without a whole-number id, a file_name, a width or a height"),
+        (image(5, width=2**70), "image record without a whole-number id, a file_name, a width or a height"),
         ({"id": 5}, "image record without a whole-number id, a file_name, a width or a height"),
         (None, "image record without a whole-number id, a file_name, a width or a height"),
         *[
@@ -204,9 +206,11 @@ def test_more_than_half_of_the_images_skipped_means_the_file_does_not_fit(tmp_pa
             b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
             "is both 'a' and 'b'",
         ),
-        (gzip.compress(b'{"images": []}' * 99)[:40], "gzip file is cut short"),
-        (gzip.compress(b"{}")[:-6] + b"123456", "cut short or damaged"),
+        (gzip.compress(b'{"images": []}' * 99, mtime=0)[:40], "gzip file is cut short"),
+        (gzip.compress(b"{}", mtime=0)[:-6] + b"123456", "cut short or damaged"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"info": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "4300 digits"),
     ],
 )
 def test_a_faulty_file_gives_one_error_that_names_it(tmp_path: Path, content: bytes, message: str) -> None:
@@ -252,15 +256,6 @@ def test_the_four_crowd_rules_of_the_unique_object_filter(crowd: Any, names: lis
 
 def test_a_crowd_region_makes_its_category_present() -> None:
     assert absent_categories(scene(("dog", True)), ["cat", "dog", "bee"]) == ["cat", "bee"]
-
-
-def test_image_paths_stay_in_their_folder() -> None:
-    folder = Path("/data/images")
-    assert safe_image_path(folder, "train2017/000000000009.jpg") == folder / "train2017/000000000009.jpg"
-    assert safe_image_path(folder, "COCO_val2014_000000000042.jpg") == folder / "COCO_val2014_000000000042.jpg"
-    for name in ("", "/etc/passwd", "../x.jpg", "a/../../x.jpg", "a\\x.jpg", "x\0.jpg", "..", "."):
-        with pytest.raises(DataError, match="leads out of the folder"):
-            safe_image_path(folder, name)
 
 
 def test_real_files_have_the_published_counts(realdata: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 NUMBER = st.floats(allow_nan=False)
 TURN = st.builds(Turn, TEXT, TEXT, TEXT, st.none() | st.tuples(NUMBER, NUMBER, NUMBER, NUMBER), TEXT, TEXT)
 SIZE = st.integers(0, 10_000)
-CONVERSATION = st.builds(Conversation, TEXT, TEXT, SIZE, SIZE, TEXT, st.lists(TURN, min_size=1, max_size=5).map(tuple))
+TURNS = st.lists(TURN, min_size=1, max_size=5).map(tuple)
+MEDIUM = st.sampled_from(["image", "video"])
+CONVERSATION = st.builds(Conversation, TEXT, TEXT, SIZE, SIZE, TEXT, TURNS, MEDIUM)
 
 
 def example(number: int, objective: str = "loc_pred") -> Conversation:
@@ -53,6 +56,19 @@ def test_rows_are_found_across_batches(tmp_path: Path) -> None:
     assert len(stored.images) == len(stored.objectives) == n
     assert stored.images[8192] == "4096.jpg"
     assert len({id(name) for name in stored.objectives}) == 1
+
+
+def test_a_file_from_before_there_were_videos_opens_and_is_about_images(tmp_path: Path) -> None:
+    n = 10_000  # two record batches
+    write_conversations(tmp_path, (example(k) for k in range(n)))
+    path = tmp_path / "conversations.arrow"
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().drop_columns("medium")
+    with pa.ipc.new_file(str(tmp_path / "old.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    old = open_conversations(tmp_path / "old.arrow")
+    assert [old[k] for k in (0, 8191, 8192, n - 1)] == [example(k) for k in (0, 8191, 8192, n - 1)]
+    assert list(old) == list(open_conversations(tmp_path))
+    assert old.images == open_conversations(path).images
 
 
 def test_turns_are_counted_by_objective_and_images_once(tmp_path: Path) -> None:
@@ -221,6 +237,7 @@ def test_a_nan_somewhere_in_a_llava_list_does_not_lose_the_file(tmp_path: Path) 
         ("[]", "list is empty"),
         ("{}", "found a dict at the top"),
         ("[{", "not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
         (json.dumps(GOOD) + "\n" + json.dumps(GOOD), "not valid JSON"),
         (json.dumps([GOOD, 1, 2]), "2 of 3 records cannot be used"),
     ],
@@ -248,6 +265,33 @@ def test_a_written_llava_record_reads_back_as_the_same_text(tmp_path: Path) -> N
     assert (back.id, back.image, back.width, back.height) == ("4-loc_pred", "2.jpg", 640, 480)
     assert back.objective == "loc_pred"
     assert [(t.objective, t.question, t.answer) for t in back.turns] == [("text", *text) for text in texts]
+
+
+def test_a_conversation_about_a_video_has_its_own_key_and_token(tmp_path: Path) -> None:
+    conversation = replace(example(4), image="v_a.mp4", medium="video")
+    texts = [("Where is the dog?", "It is located at (1,2,3,4)"), ("A cat?", "There is no such object in the image")]
+    record = llava_record(conversation, texts)
+    assert record["conversations"][0] == {"from": "human", "value": "<video>\nWhere is the dog?"}
+    assert (record["video"], "image" in record) == ("v_a.mp4", False)
+    assert llava_record(example(4), texts)["image"] == "2.jpg"
+    (back,) = open_conversations(llava(tmp_path, record))
+    assert (back.image, back.medium) == ("v_a.mp4", "video")
+    assert [(t.question, t.answer) for t in back.turns] == texts
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"video": "../v.mp4"}, "video file name that leads out of the video folder"),
+        ({"conversations": say("<video>\nA <video>?", "B")}, "<video> outside the first question"),
+        ({"conversations": say("<video>\nA?", "B <image>")}, "<video> outside the first question"),
+    ],
+)
+def test_a_video_record_that_cannot_be_used_is_counted(tmp_path: Path, changes: Any, reason: str) -> None:
+    video = {"id": "v", "video": "v.mp4", "conversations": say("What?\n<video>", "A dog.")}
+    stored = open_conversations(llava(tmp_path, GOOD, video, {**video, **changes}))
+    assert [(c.medium, c.turns[0].question) for c in stored] == [("image", "What?"), ("video", "What?")]
+    assert [found for found in stored.skipped if reason in found]
 
 
 def test_the_real_llava_pretraining_list_opens_whole(realdata: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from locvlm.data.coco import Instances, absent_categories, read_instances
-from locvlm.data.hallucination import FEW_ABSENT, FEW_PRESENT, build_presence
+from locvlm.data.hallucination import FEW_ABSENT, FEW_PRESENT, Shown, ask_presence, build_presence
 from locvlm.errors import DataError
 from locvlm.evaluation.presence import question
 from locvlm.records import ImageRecord, ObjectRecord
@@ -94,3 +94,23 @@ def test_on_real_annotations_no_absent_category_is_in_the_image(realdata: Path, 
         absent = row["category"] in absent_categories(images[row["image"]], instances.categories)
         assert row["reference"] == ("no" if absent else "yes")
         assert row["category"] in instances.categories
+
+
+def test_questions_about_a_video_say_so_and_have_no_size() -> None:
+    (row, other) = ask_presence([Shown("v_a.mp4", "v_a.mp4", ["cat"], ["sky-other"])], 0, 1, "video").rows
+    assert row == {
+        "id": "v_a.mp4-presence-0",
+        "task": "presence",
+        "image": "v_a.mp4",
+        "medium": "video",
+        "prompt": "Is there cat in video?",
+        "reference": "yes",
+        "category": "cat",
+    }
+    assert (question(row).reference, question(other).reference) == ("yes", "no")
+    assert ask_presence([], 0, 2, "video").counts == {"videos": 0, "questions": 0, "yes": 0, "no": 0}
+
+
+def test_the_order_in_which_present_categories_are_listed_changes_nothing() -> None:
+    first = ask_presence([Shown("a", "a.jpg", ["cat", "dog", "tie"], ["book", "apple"])], 3).rows
+    assert first == ask_presence([Shown("a", "a.jpg", ["tie", "cat", "dog"], ["book", "apple"])], 3).rows

@@ -5,13 +5,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from locvlm.config import CoordinateConfig, InstructConfig, PromptConfig
 from locvlm.coordinates import make_location_format
 from locvlm.data import instruct
 from locvlm.data.coco import CrowdRule, Instances, absent_categories, read_instances, usable_objects
-from locvlm.data.instruct import Renderer, build_localize_instruct, draw, read_object_captions
+from locvlm.data.instruct import (
+    Renderer,
+    build_localize_instruct,
+    draw,
+    draws,
+    frozen,
+    read_object_captions,
+    template_draws,
+)
 from locvlm.errors import DataError
 from locvlm.geometry import ImageGeometry
 from locvlm.prompts import LOC_PROMPTS, REV_PROMPTS
@@ -161,7 +170,7 @@ def test_captions_take_the_place_of_names_and_negatives_borrow_them_from_other_i
                 borrowed[captioned] += 1
     assert borrowed[True] > 20
     assert borrowed[False] > 20
-    assert built.notes == {instruct.NO_CAPTION: 30}
+    assert built.notes == {instruct.NO_CAPTION: 30, instruct.NO_CAPTION_TO_BORROW: borrowed[False]}
 
 
 def test_objects_that_a_crop_loses_are_left_out_and_counted() -> None:
@@ -177,6 +186,47 @@ def test_objects_that_a_crop_loses_are_left_out_and_counted() -> None:
     assert [len(c.turns) for c in squash] == [2, 2]
     renderer = Renderer(make_location_format(CoordinateConfig(n_bins=100), crop), PromptConfig(), 0)
     assert all(renderer.turns(c) for c in build_localize_instruct(source, InstructConfig(), 0, None, crop))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_negatives_of_real_files_never_name_a_present_category_crowd_included(realdata: Path, seed: int) -> None:
+    folder = realdata / "coco_annotations"
+    n_crowds = 0
+    for name in json.loads((folder / "expected_counts.json").read_text()):
+        source = read_instances(folder / name)
+        present = {image.file_name: {thing.category for thing in image.objects} for image in source.images}
+        n_crowds += sum(thing.is_crowd for image in source.images for thing in image.objects)
+        captions = {t.id: f"{t.category} {t.id}" for image in source.images for t in image.objects if t.id % 2}
+        for given in (None, captions):
+            for conversation in build_localize_instruct(source, InstructConfig(neg_per_image=4), seed, given):
+                negatives = [turn for turn in conversation.turns if turn.objective == "neg_pred"]
+                assert len(negatives) == (4 if conversation.objective == "loc_pred" else 0)
+                for turn in negatives:
+                    assert turn.category not in present[conversation.image]
+                    assert turn.description.startswith(turn.category if turn.description else "")
+    assert n_crowds == 27
+
+
+def test_many_draws_at_once_are_the_draws_of_each() -> None:
+    sizes = np.array([1, 2, 79, 2**40, 5])
+    found = draws(sizes, 3, [9, -4, 0, 2**62, 9], "category", 1)
+    keys = zip(sizes.tolist(), (9, -4, 0, 2**62, 9), strict=True)
+    assert found.tolist() == [draw(n, 3, key, "category", 1) for n, key in keys]
+
+
+def test_the_parts_in_which_images_are_worked_out_do_not_show() -> None:
+    source = many(4200)
+    whole = list(build_localize_instruct(source, InstructConfig(neg_per_image=2), 0))
+    assert [c.id for c in whole[-2:]] == ["4200-loc_pred", "4200-rev_loc"]
+    last = build_localize_instruct(Instances(source.images[4090:], CATEGORIES), InstructConfig(neg_per_image=2), 0)
+    assert list(last) == whole[2 * 4090 :]
+
+
+def test_reading_the_conversations_twice_counts_once() -> None:
+    source = instances(picture(1, thing(1, 0)), picture(2))
+    built = build_localize_instruct(source, InstructConfig(), 0)
+    assert list(built) == list(built)
+    assert built.skipped == {instruct.NO_OBJECT: 1}
 
 
 def test_real_files_give_exactly_the_turns_that_their_objects_allow(realdata: Path) -> None:
@@ -251,6 +301,25 @@ def test_templates_are_drawn_uniformly_anew_each_epoch_and_alike_on_every_rank()
     assert any(renderer().turns(PAPER, e) != renderer().turns(twin, e) for e in range(5))
 
 
+def test_a_frozen_set_is_worded_once_for_all_epochs_and_seeds() -> None:
+    (kept,) = frozen([PAPER], renderer(4))
+    assert renderer(9).turns(kept, 3) == renderer(4).turns(PAPER, 0)
+    assert [(t.objective, t.category, t.box_xyxy) for t in kept.turns] == [
+        (t.objective, t.category, t.box_xyxy) for t in PAPER.turns
+    ]
+    assert list(frozen([kept], renderer(9))) == [kept]
+
+
+def test_template_draws_are_counted_by_objective() -> None:
+    counts = template_draws([PAPER, PAPER], 4)
+    texts = [text for text, _ in renderer(4).turns(PAPER)]
+    expected = {kind: [0] * n for kind, n in (("loc_pred", 5), ("neg_pred", 5), ("rev_loc", 3))}
+    for kind, text, prompts in zip(expected, texts, (LOC_PROMPTS, LOC_PROMPTS, REV_PROMPTS), strict=False):
+        begins = [prompt.partition("{")[0] for prompt in prompts]
+        expected[kind][next(n for n, begin in enumerate(begins) if text.startswith(begin))] = 2
+    assert counts == expected
+
+
 def test_clean_templates_mend_the_wording() -> None:
     conversation = Conversation("c", "a.jpg", 10, 10, "rev_loc", (Turn("rev_loc", "apple", "", (0.0, 0.0, 5.0, 5.0)),))
     assert renderer().turns(conversation)[0][1] == "There is a apple."
@@ -299,6 +368,9 @@ def test_object_captions_come_as_a_json_object_or_as_json_lines(tmp_path: Path) 
         ("c.json", '{"a": "b"}', "without a whole-number annotation id or without text: 1"),
         ("c.jsonl", '{"id": 1, "caption": "a"}\n{"id', "line 2 is not valid JSON"),
         ("c.jsonl", "", "it is empty"),
+        ("c.jsonl", "[" * 100_000, "line 1 is not valid JSON"),
+        ("c.jsonl", '{"id": ' + "9" * 5000 + "}", "line 1 is not valid JSON"),
+        ("c.json", '{"' + "9" * 5000 + '": "b"}', "without a whole-number annotation id or without text: 1"),
     ],
 )
 def test_a_file_without_usable_captions_gives_one_error(tmp_path: Path, name: str, content: str, message: str) -> None:

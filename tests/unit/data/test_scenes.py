@@ -15,6 +15,7 @@ from locvlm.data.conversations import open_conversations
 from locvlm.data.scenes import CATEGORIES, draw_scenes
 from locvlm.data.spatial import build_coco_spatial
 from locvlm.errors import DataError
+from locvlm.pixels import open_images
 from locvlm.records import fingerprint, read_manifest
 
 N_TRAIN, N_TEST = 400, 60
@@ -273,3 +274,18 @@ def test_a_run_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyt
 def test_impossible_numbers_of_scenes_are_refused(tmp_path: Path, n_train: int, n_test: int) -> None:
     with pytest.raises(DataError, match="each must lie between 1 and 500000"):
         draw_scenes(tmp_path / "scenes", 0, n_train, n_test)
+
+
+def test_images_in_shards_are_the_loose_ones_byte_for_byte(tmp_path: Path) -> None:
+    draw_scenes(tmp_path / "loose", 0, 5, 2)
+    draw_scenes(tmp_path / "packed", 0, 5, 2, shards=True)
+    loose, packed = (open_images(tmp_path / name / "images") for name in ("loose", "packed"))
+    files = sorted(p.name for p in (tmp_path / "packed" / "images").iterdir())
+    assert files == ["images-00000.tar", "images.arrow"]
+    names = list(loose.names())
+    assert list(packed.names()) == names
+    assert len(names) == 7
+    assert all(packed.stream(name).read() == loose.stream(name).read() for name in names)
+    draw_scenes(tmp_path / "packed", 0, 5, 2, shards=True)  # finished: left as it is
+    with pytest.raises(DataError, match="holds the scenes"):
+        draw_scenes(tmp_path / "packed", 0, 5, 2)

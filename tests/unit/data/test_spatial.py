@@ -9,6 +9,7 @@ from locvlm.data.coco import Instances, read_instances, usable_objects
 from locvlm.data.spatial import SpatialSet, build_coco_spatial
 from locvlm.errors import DataError
 from locvlm.evaluation.spatial import direct_question, icl_question
+from locvlm.prompts import OPPOSITE
 from locvlm.records import ImageRecord, ObjectRecord
 
 FILES = ("coco_mini_instances_train2017", "coco128_instances_train2017", "instances_val2014_100")
@@ -179,9 +180,62 @@ def test_both_orders_balance_the_released_rules() -> None:
     assert found.counts == {"images": 1, "questions": 4, "left": 2, "right": 2}
 
 
-def test_the_released_rules_have_no_vertical_axis() -> None:
-    with pytest.raises(DataError, match="left and right only"):
-        _build(CAT, DOG, rules="released", axis="vertical")
+def test_the_released_rules_for_above_and_below_go_by_the_gap_in_height() -> None:
+    things = (_thing(1, "cat", 50, y=20), _thing(2, "dog", 50, 20, y=80), _thing(3, "tie", 50, 4, y=85))
+    found = _build(*things, rules="released", axis="vertical")
+    assert _asked(found) == [
+        ("Which side of the cat is the dog?", "below"),
+        ("Which side of the cat is the tie?", "below"),
+    ]
+    assert found.counts == {"images": 1, "questions": 2, "above": 0, "below": 2}
+    both = _build(*things, rules="released", axis="vertical", both_orders=True)
+    assert both.counts == {"images": 1, "questions": 4, "above": 2, "below": 2}
+    assert _build(*things, rules="released").skipped == {spatial.NO_GAP: 1}
+    assert _build(CAT, DOG, rules="released", axis="vertical").skipped == {spatial.NO_VERTICAL_GAP: 1}
+
+
+def test_every_question_has_a_twin_about_the_mirrored_image() -> None:
+    plain = _build(CAT, DOG, TIE)
+    found = _build(CAT, DOG, TIE, mirrored=True)
+    assert found.rows[::2] == plain.rows
+    assert found.counts == {"images": 1, "questions": 4, "left": 2, "right": 2, "mirrored": 2}
+    for row, twin in zip(found.rows[::2], found.rows[1::2], strict=True):
+        assert "mirror" not in row
+        assert (twin["id"], twin["mirror"]) == (f"{row['id']}-mirrored", True)
+        assert twin["prompt"] == row["prompt"]
+        assert twin["reference"] == OPPOSITE[row["reference"]]
+        assert twin["icl_reference"] == OPPOSITE[row["icl_reference"]]
+        for role in ("subject", "object", "third"):
+            x1, y1, x2, y2 = row[role]["box"]
+            assert twin[role] == {"category": row[role]["category"], "box": [100 - x2, y1, 100 - x1, y2]}
+        # the solved examples tell the truth about the mirrored image
+        words = [OPPOSITE.get(word, word) for word in row["icl_prompt"].split()]
+        assert twin["icl_prompt"].split() == words
+    assert direct_question(found.rows[1]).mirror
+    assert not direct_question(found.rows[0]).mirror
+
+
+def test_a_mirrored_image_is_what_the_rules_would_ask_about_if_it_were_a_photograph() -> None:
+    twins = _build(CAT, DOG, TIE, mirrored=True).rows[1::2]
+    turned = [
+        ObjectRecord(t.id, t.category, (100 - t.box_xyxy[2], t.box_xyxy[1], 100 - t.box_xyxy[0], t.box_xyxy[3]))
+        for t in (CAT, DOG, TIE)
+    ]
+    for row, twin in zip(_build(*turned).rows, twins, strict=True):
+        assert {key: twin[key] for key in row if key != "id"} == {key: row[key] for key in row if key != "id"}
+
+
+def test_the_mirror_exchanges_left_and_right_but_not_above_and_below() -> None:
+    things = (_thing(1, "cat", 50, y=20), _thing(2, "dog", 50, 20, y=80), _thing(3, "tie", 50, 4, y=90))
+    for rules in ("paper", "released"):
+        rows = _build(*things, rules=rules, axis="vertical", mirrored=True).rows
+        assert [row["reference"] for row in rows[::2]] == [row["reference"] for row in rows[1::2]]
+    released = _build(CAT, DOG, rules="released", mirrored=True)
+    assert _asked(released) == [
+        ("Which side of the cat is the dog?", "right"),
+        ("Which side of the cat is the dog?", "left"),
+    ]
+    assert released.counts == {"images": 1, "questions": 2, "left": 1, "right": 1, "mirrored": 1}
 
 
 @pytest.mark.parametrize(("rules", "axis"), [("official", "horizontal"), ("paper", "diagonal")])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from locvlm.errors import DataError
-from locvlm.evaluation.metrics import Floor, Item, box_iou, inside, paired_difference, summarise, wilson
+from locvlm.evaluation.metrics import Floor, Item, paired_difference, summarise, wilson
 
 
 def items(values: list[list[float]], figure: str = "accuracy") -> list[Item]:
@@ -121,14 +121,19 @@ def test_models_that_answered_different_questions_are_not_compared() -> None:
         paired_difference({"task": "presence"}, first)
 
 
-def test_iou_of_boxes_worked_by_hand() -> None:
-    assert box_iou((0, 0, 10, 10), (0, 0, 10, 10)) == 1.0
-    assert box_iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(50 / 150)
-    assert box_iou((0, 0, 10, 10), (10, 0, 20, 10)) == 0.0
-    assert box_iou((0, 0, 10, 10), (20, 20, 30, 30)) == 0.0
-    assert box_iou((3, 3, 3, 3), (3, 3, 3, 3)) == 0.0
+def test_a_figure_may_be_a_formula_of_longer_sums() -> None:
+    first = (2.0, 2.0, 0.0, 0.0, 2.0, 2.0, *(0.0,) * 14, 0.0, 2.0, 2.0)  # two content words, both matched, no fragments
+    second = (2.0, 4.0, 0.0, 0.0, *(0.0,) * 16, 0.0, 0.0, 0.0)  # nothing matched
+    items = [Item("0", "a", {"meteor": first}), Item("1", "b", {"meteor": second}), Item("2", "b", {})]
+    figure = summarise(items, ["meteor"], {})["meteor"]
+    precision, recall = 2 / 4, 2 / 6
+    assert figure.value == pytest.approx(precision * recall / (0.85 * precision + 0.15 * recall))
+    assert figure.n == 2
+    alone = summarise(items[:1], ["meteor"], {})["meteor"]
+    assert alone.value == 1.0
 
 
-def test_a_point_on_the_border_is_inside() -> None:
-    assert inside((10, 5), (0, 0, 10, 10))
-    assert not inside((10.01, 5), (0, 0, 10, 10))
+def test_figures_of_different_judges_are_not_compared() -> None:
+    one = {"task": "msvd-qa", "figures": {"accuracy": {}}, "items": {}, "judge": "exact"}
+    with pytest.raises(DataError, match=r"different judges \(exact, lexical\).*score all with one --judge"):
+        paired_difference(one, {**one, "judge": "lexical"})

@@ -40,7 +40,7 @@ def test_ids_and_answers_are_enough(tmp_path: Path, data: Path) -> None:
     figure = found["figures"]["accuracy"]
     assert (figure["value"], figure["n"], figure["floor"]) == (0.75, 4, 0.5)
     assert 0 <= figure["low"] <= 0.75 <= figure["high"] <= 1
-    assert found["failures"] == {"missing": [], "duplicate": [], "unknown": [], "failed": {}}
+    assert found["failures"] == {"missing": [], "duplicate": [], "unknown": [], "failed": {}, "empty": []}
     assert (found["n"], found["n_images"], found["n_failures"], found["decoding"]) == (4, 2, 0, None)
 
 
@@ -49,9 +49,45 @@ def test_missing_and_repeated_ids_are_wrong_and_the_denominator_stays(tmp_path: 
     found = score(SPATIAL, answered(tmp_path, answers), data)
     assert found["n"] == 4
     assert found["accuracy"] == 0.25
-    assert found["failures"] == {"missing": ["2", "3"], "duplicate": ["1"], "unknown": ["9"], "failed": {}}
+    assert found["failures"] == {"missing": ["2", "3"], "duplicate": ["1"], "unknown": ["9"], "failed": {}, "empty": []}
     assert found["n_failures"] == 3
     assert "failures: 2 missing, 1 duplicate, 1 unknown; 3 questions counted as wrong" in describe(found)
+
+
+@pytest.mark.parametrize(
+    ("key", "answer"),
+    [("id", "answer"), ("question_id", "text"), ("questionId", "prediction"), ("ref_id", "sent"), ("id", "pred")],
+)
+def test_the_names_of_other_result_files_are_known(tmp_path: Path, data: Path, key: str, answer: str) -> None:
+    path = tmp_path / "result.jsonl"
+    write_jsonl(path, [{key: str(i), answer: "left"} for i in range(4)])
+    assert score(SPATIAL, path, data)["accuracy"] == 0.5
+
+
+def test_an_empty_answer_is_told_and_left_to_the_rule_of_the_task(tmp_path: Path) -> None:
+    questions = [{"question_id": n, "image": "a.jpg", "text": "?", "label": "yes"} for n in range(2)]
+    write_jsonl(tmp_path / "coco_pope_random.json", questions)
+    found = score(TASKS["pope"], answered(tmp_path, [("0", ""), ("1", "no")]), tmp_path / "coco_pope_random.json")
+    assert (found["accuracy"], found["yes_ratio"]) == (0.5, 0.5)  # officially, nothing is a yes
+    assert (found["failures"]["empty"], found["n_failures"]) == (["0"], 0)
+    assert "pope: 2 questions on 1 images of coco_pope_random" in describe(found)
+    assert "1 empty" in describe(found)
+
+
+def test_options_about_the_data_need_the_data(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    write_jsonl(path, [{**row, "answer": "left"} for row in rows()])
+    for option in ({"annotations": path}, {"split": "val"}):
+        with pytest.raises(DataError, match="say more about --data"):
+            score(SPATIAL, path, **option)  # type: ignore[arg-type]
+
+
+def test_a_set_of_one_file_takes_no_second(tmp_path: Path, data: Path) -> None:
+    predictions = answered(tmp_path, [("0", "left")])
+    with pytest.raises(DataError, match="leave out --annotations"):
+        score(SPATIAL, predictions, data, annotations=data)
+    with pytest.raises(DataError, match="leave out --split"):
+        score(SPATIAL, predictions, data, split="val")
 
 
 def test_an_official_result_list_is_read(tmp_path: Path, data: Path) -> None:

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from locvlm.errors import DataError
 from locvlm.evaluation.metrics import Difference, Figure
 from locvlm.evaluation.tables import LABELS, TITLES, paper_numbers, task_table, verdict
 from locvlm.evaluation.tasks import TASKS
@@ -114,3 +115,28 @@ def test_an_arm_below_its_floor_is_pointed_out() -> None:
     table = task_table("coco-spatial", ["locvlm", "baseline"], [metrics([True] * 20), metrics([False] * 20)])
     assert any(note.startswith("baseline lies below the floor") for note in table.notes)
     assert not any(note.startswith("locvlm lies") for note in table.notes)
+
+
+def test_figures_of_different_judges_never_share_a_table() -> None:
+    first, second = ({**metrics([True] * 9), "judge": name} for name in ("exact", "lexical"))
+    with pytest.raises(DataError, match=r"msvd-qa side by side.*different judges \(exact, lexical\)"):
+        task_table("msvd-qa", ["locvlm", "baseline"], [first, second])
+    assert task_table("msvd-qa", ["locvlm", "baseline"], [first, first]).rows
+
+
+def test_short_answers_and_regions_have_the_papers_numbers() -> None:
+    for task, dataset, figure, baseline, ours in (
+        ("vqav2", "v2_OpenEnded_mscoco_val2014_questions", "accuracy", 0.498, 0.503),
+        ("gqa", "testdev_balanced_questions", "accuracy", 0.447, 0.473),
+        ("region-description", "refcocog-test", "meteor", 0.103, 0.207),
+        ("region-description", "refcoco+-testB", "meteor", 0.0726, 0.111),
+    ):
+        found = paper_numbers(task, figure, [figure], dataset)
+        assert (found.baseline, found.ours) == (pytest.approx(baseline), pytest.approx(ours))
+    for task, dataset, figure in (
+        ("vqav2", "x", "accuracy_always_normalised"),
+        ("region-description", "refcoco-testA", "meteor"),
+        ("activitynet-qa", "test_q", "accuracy"),
+    ):
+        found = paper_numbers(task, figure, [figure], dataset)
+        assert (found.ours, bool(found.note)) == (None, True)

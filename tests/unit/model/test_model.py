@@ -1,5 +1,6 @@
 """The model's classes, what each stage trains, checkpoints, generation."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from locvlm.model.checkpoint import image_processor, save, start
 from locvlm.model.generate import SampleNoise
 from locvlm.model.stages import parts, set_trainable
 from locvlm.model.variants import LocVLM, architecture, count_parameters
-from locvlm.pixels import to_pixels
+from locvlm.pixels import open_image, to_pixels
 from locvlm.presets import preset
 from tests.tiny import World, build_world
 
@@ -112,7 +113,12 @@ def test_continuing_with_another_shape_is_refused_with_both_values(world: World)
 def _requests(world: World, n: int) -> list[SimpleNamespace]:
     images = sorted((world.images / "test").iterdir())
     prompts = ["Is there apple in image?", "What is at location (1,2,3,4) in image?", "Which side?"]
-    return [SimpleNamespace(id=str(i), image=images[i % len(images)], prompt=prompts[i % 3]) for i in range(n)]
+    requests = []
+    for i in range(n):
+        image = images[i % len(images)]
+        opener = functools.partial(open_image, image)
+        requests.append(SimpleNamespace(id=str(i), image=image, prompt=prompts[i % 3], open=opener))
+    return requests
 
 
 def test_answers_do_not_depend_on_the_batch(world: World) -> None:

@@ -31,6 +31,18 @@ def test_supervised_tokens_are_exactly_the_answers_and_their_stop_tokens(encoder
     assert not any(t for i, t in zip(encoded.ids, encoded.supervised, strict=True) if i == encoder.image_id)
 
 
+def test_a_token_is_supervised_when_it_overlaps_a_span(encoder: TextEncoder) -> None:
+    text = "The caf\u00e9 \U0001f600 is at <image>(4,52) or\n\u4e2d (13,63)</s>"
+    offsets = [(0, 0), *encoder._backend.encode(text, add_special_tokens=False).offsets]
+    for start in range(len(text)):
+        spans = [(start, start + 1), (start + 4, start + 9)]
+        wanted = [any(a < end and b > begin for begin, end in spans) for a, b in offsets]
+        at = encoder.encode([text])[0].ids.index(encoder.image_id)
+        wanted[at : at + 1] = [False] * 5
+        if any(wanted):
+            assert encoder.encode([text], [spans])[0].supervised == wanted
+
+
 def test_the_generation_prompt_is_the_beginning_of_the_training_text(encoder: TextEncoder) -> None:
     text, spans = render_chat(TURNS[:1], "")
     prompt = encoder.encode([render_prompt(TURNS[0][0], "")])[0].ids

@@ -1,30 +1,37 @@
 """The loop: schedule, token-exact loss, packing, resume, refusal of bad batches."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from locvlm.config import ExperimentConfig, resolve
+from locvlm.config import ClusterConfig, ExperimentConfig, resolve
 from locvlm.coordinates import make_location_format
-from locvlm.data.collate import collate
+from locvlm.data.collate import Batch, collate
 from locvlm.data.conversations import open_conversations
-from locvlm.data.dataset import TrainingData
+from locvlm.data.dataset import Sample, TrainingData
 from locvlm.data.instruct import Renderer
-from locvlm.errors import ConfigError, DataError
+from locvlm.errors import CheckpointError, ConfigError, DataError
 from locvlm.geometry import make_geometry
 from locvlm.model import load
 from locvlm.model.checkpoint import LoadedModel, start
 from locvlm.model.stages import set_trainable
+from locvlm.pixels import open_images
 from locvlm.presets import preset
 from locvlm.training import stage
-from locvlm.training.checkpoints import FolderCheckpoints
+from locvlm.training.checkpoints import FolderCheckpoints, SaveError
 from locvlm.training.engine import TorchEngine
-from locvlm.training.loop import NonFiniteLossError, Point, learning_rate, n_steps, share, train
+from locvlm.training.loop import NonFiniteLossError, Point, learning_rate, micro_batches, n_steps, share, train
 from tests.tiny import World, build_world
 
 
@@ -42,7 +49,7 @@ def training_data(world: World, loaded: LoadedModel, config: ExperimentConfig, n
     return TrainingData(
         getattr(config.stages, name),
         {name: open_conversations(path) for name, path in world.data.items()},
-        world.images,
+        open_images(world.images),
         Renderer(make_location_format(config.coordinates, geometry), config.prompts, config.seed),
         loaded.encoder,
         geometry,
@@ -74,18 +81,40 @@ def test_a_batch_that_does_not_divide_names_the_legal_numbers_of_workers() -> No
         share(instruct, 0, 3)
 
 
+def token_losses(loaded: LoadedModel, batch: Batch) -> torch.Tensor:
+    """[targets]: the loss of every supervised token."""
+    logits: list[torch.Tensor] = []
+    hook = loaded.model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output))
+    with torch.no_grad():
+        loaded.model.sum_loss(**batch.inputs(torch.device("cpu")))
+    hook.remove()
+    return torch.nn.functional.cross_entropy(logits[0], batch.targets, reduction="none")
+
+
 def test_packed_conversations_cost_what_they_cost_alone(world: World) -> None:
+    """Each supervised token by itself, in a model whose attention is far from even: seeing a neighbour, or standing
+    behind it, would show."""
     loaded = load(world.foundation)
+    with torch.no_grad():
+        for name, weight in loaded.model.model.language_model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
+                weight *= 15
     config = changed(world.config, "stages.instruct.conversations_per_image=5")
     data = training_data(world, loaded, config)
     samples = [data.sample(i) for i in range(3)]
     packed = collate(samples, loaded.encoder.pad_id)
-    alone = [dataclasses.replace(s, branches=(branch,)) for s in samples for branch in s.branches]
-    with torch.no_grad():
-        together = loaded.model.sum_loss(**packed.inputs(torch.device("cpu")))
-        parts = [loaded.model.sum_loss(**collate([s], 3).inputs(torch.device("cpu"))) for s in alone]
     assert packed.n_conversations == 15
-    assert float(together) == pytest.approx(float(sum(parts)), rel=1e-5)
+    assert packed.owners is not None
+    assert packed.position_ids is not None
+    alone = [dataclasses.replace(s, branches=(branch,)) for s in samples for branch in s.branches]
+    wanted = torch.cat([token_losses(loaded, collate([s], 3)) for s in alone])
+    torch.testing.assert_close(token_losses(loaded, packed), wanted, rtol=1e-5, atol=1e-5)
+    leaking = dataclasses.replace(packed, owners=packed.owners.clamp(max=1))
+    behind = dataclasses.replace(
+        packed, position_ids=torch.arange(packed.input_ids.shape[1]).expand_as(packed.input_ids)
+    )
+    for wrong in (leaking, behind):
+        assert float((token_losses(loaded, wrong) - wanted).abs().max()) > 1e-2
 
 
 def test_the_loss_equals_transformers_own_on_the_same_conversation(world: World) -> None:
@@ -99,7 +128,8 @@ def test_the_loss_equals_transformers_own_on_the_same_conversation(world: World)
     )
     batch = collate([sample], loaded.encoder.pad_id)
     with torch.no_grad():
-        theirs = loaded.model(input_ids=ids, pixel_values=batch.pixel_values, labels=labels).loss
+        pixels = batch.inputs(torch.device("cpu"))["pixel_values"]
+        theirs = loaded.model(input_ids=ids, pixel_values=pixels, labels=labels).loss
         ours = loaded.model.sum_loss(**batch.inputs(torch.device("cpu"))) / batch.n_targets
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
 
@@ -157,6 +187,30 @@ def test_twenty_steps_equal_ten_a_crash_and_ten_more(world: World, tmp_path: Pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_the_notice_of_a_machine_that_goes_saves_one_step_and_stops_nothing(world: World, tmp_path: Path) -> None:
+    class Leaving(FolderCheckpoints):
+        """The notice comes in the seventh step and is not taken back."""
+
+        asked, saved = 0, 0
+
+        def preempted(self) -> bool:
+            self.asked += 1
+            return self.asked >= 7
+
+        def save(self, step: int, write: Callable[[Path], None], point: Point) -> None:
+            super().save(step, write, point)
+            self.saved += 1
+
+    places = Leaving(tmp_path / "run", keep=9)
+    trained, last = _train(world, tmp_path / "run", steps=20, checkpoints=places)
+    assert last.step == 20
+    assert [p.name for p in sorted((tmp_path / "run").iterdir())] == [f"step-{n:09d}" for n in (7, 10, 20)]
+    assert places.saved == 3
+    straight, _ = _train(world, tmp_path / "straight", steps=20)
+    ours, theirs = trained.model.state_dict(), straight.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_only_the_stages_own_parts_move(world: World, tmp_path: Path) -> None:
     before = load(world.foundation).model.state_dict()
     loaded, _ = _train(world, tmp_path, steps=2)
@@ -167,19 +221,217 @@ def test_only_the_stages_own_parts_move(world: World, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_a_number_stops_before_anything_moves(world: World, tmp_path: Path) -> None:
+    config = changed(world.config, "stages.instruct.global_batch=4", "stages.instruct.steps=3")
+    loaded = start(config, None)
+    set_trainable(loaded.model, ("adapter", "language"))
+    before: dict[str, torch.Tensor] = {}
+    data = training_data(world, loaded, config)
+    good = data.sample
+
+    def spoilt(index: int) -> Sample:
+        if index == 4:  # the second step begins
+            before.update({name: value.clone() for name, value in loaded.model.state_dict().items()})
+        sample = good(index)
+        spoilt_features = np.full((loaded.encoder.n_image_tokens, 32), math.nan, np.float16)
+        return dataclasses.replace(sample, pixels=None, features=spoilt_features) if index == 6 else sample
+
+    data.sample = spoilt  # type: ignore[method-assign]
+    engine = TorchEngine(loaded.model, config.stages.instruct, torch.device("cpu"))
+    with pytest.raises(NonFiniteLossError) as error:
+        train(config.stages.instruct, data, engine, FolderCheckpoints(tmp_path), 3, cluster(micro_batch=1))
+    assert "training step 2" in str(error.value)
+    assert "forward pass 3 of rank 0" in str(error.value)
+    assert data.describe(6) in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+
+
+def test_a_model_that_is_broken_from_the_start_is_found_before_the_first_step(world: World, tmp_path: Path) -> None:
     loaded = start(world.config, None)
     set_trainable(loaded.model, ("adapter", "language"))
     with torch.no_grad():
         loaded.model.lm_head.weight[0, 0] = math.nan
-    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     engine = TorchEngine(loaded.model, world.config.stages.instruct, torch.device("cpu"))
-    data = training_data(world, loaded, world.config)
-    with pytest.raises(NonFiniteLossError, match=r"training step 1: the loss is nan.*Samples 0\.\.31"):
+    with pytest.raises(NonFiniteLossError, match="trying the longest batch before step 1"):
         train(
-            world.config.stages.instruct, data, engine, FolderCheckpoints(tmp_path), 3, checkpoint_every=1, log_every=1
+            world.config.stages.instruct,
+            training_data(world, loaded, world.config),
+            engine,
+            FolderCheckpoints(tmp_path),
+            3,
+            cluster(),
         )
-    after = loaded.model.state_dict()
-    assert all(torch.equal(after[n], before[n]) or "lm_head" in n for n in before)
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_found_before_the_first_step(world: World, tmp_path: Path) -> None:
+    class Hungry(TorchEngine):
+        """Asks for more than there is."""
+
+        def accumulate(self, batch: Batch, scale: float, *, last: bool) -> torch.Tensor:
+            return torch.empty(1 << 55)
+
+    config = changed(world.config, "stages.instruct.global_batch=6", "stages.instruct.steps=3")
+    loaded = start(config, None)
+    set_trainable(loaded.model, ("adapter", "language"))
+    engine = Hungry(loaded.model, config.stages.instruct, torch.device("cpu"))
+    data = training_data(world, loaded, config)
+    with pytest.raises(ConfigError, match=r"the longest batch \(6 samples .*does not fit the memory .*micro_batch"):
+        train(config.stages.instruct, data, engine, FolderCheckpoints(tmp_path), 3, cluster())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_rehearsal_leaves_no_trace(world: World, tmp_path: Path) -> None:
+    config = changed(world.config, "stages.instruct.weight_decay=0.1")
+    weights = []
+    for rehearsed in (False, True):
+        loaded = start(config, None)
+        set_trainable(loaded.model, ("adapter", "language"))
+        data = training_data(world, loaded, config)
+        engine = TorchEngine(loaded.model, config.stages.instruct, torch.device("cpu"))
+        batch = collate([data.sample(0), data.sample(1)], 3)
+        if rehearsed:
+            engine.rehearse(batch)
+        engine.accumulate(batch, 1 / batch.n_targets, last=True)
+        engine.update(1e-3)
+        weights.append(engine.trained_weights())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_the_longest_samples_are_really_the_longest(world: World) -> None:
+    loaded = load(world.foundation)
+    config = changed(world.config, "stages.instruct.conversations_per_image=0", "stages.instruct.mixture=[]")
+    data = training_data(world, loaded, config)
+    sizes = [sum(len(branch.ids) for branch in data.sample(i).branches) for i in range(len(data))]
+    found = data.longest(5)
+    assert len(set(found)) == 5
+    assert min(sizes[i] for i in found) >= sorted(sizes)[-len(sizes) // 10]
+    packed = training_data(world, loaded, world.config)
+    assert len(packed.longest(3)) == 3
+
+
+def test_batches_grouped_by_length_waste_less_and_lose_nothing(world: World) -> None:
+    loaded = load(world.foundation)
+    useful = []
+    for grouped in ("false", "true"):
+        config = changed(
+            world.config,
+            "stages.instruct.conversations_per_image=0",
+            "stages.instruct.mixture=[]",
+            "stages.instruct.global_batch=8",
+            f"stages.instruct.group_by_length={grouped}",
+        )
+        data = training_data(world, loaded, config)
+        for epoch in (0, 1):
+            rows = [tuple(row) for row in data._order(epoch)]
+            assert len(set(rows)) == len(data)
+        batches = [
+            collate([data.sample(s * 8 + i) for i in range(8)], 3) for s in range(len(data) // 8, len(data) // 4)
+        ]
+        text = sum(batch.n_tokens for batch in batches) / sum(batch.input_ids.numel() for batch in batches)
+        useful.append(text)
+    assert useful[1] > useful[0] + 0.02
+    assert useful[1] > 0.88
+
+
+def test_threads_that_read_ahead_change_nothing(world: World, tmp_path: Path) -> None:
+    alone, ahead = (_train(world, tmp_path / str(n), steps=4, threads=n)[0] for n in (0, 3))
+    ours, theirs = ahead.model.state_dict(), alone.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_recomputing_activations_changes_nothing(world: World, tmp_path: Path) -> None:
+    kept, recomputed = (_train(world, tmp_path / str(n), steps=3, recompute=n)[0] for n in (False, True))
+    ours, theirs = recomputed.model.state_dict(), kept.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(("batch", "world_size", "micro"), [(64, 8, 3), (64, 3, 4), (7, 3, 2), (5, 5, 4), (64, 8, 0)])
+def test_every_rank_makes_as_many_passes_and_no_sample_is_lost(batch: int, world_size: int, micro: int) -> None:
+    settings = changed(preset("locvlm-b"), f"stages.instruct.global_batch={batch}").stages.instruct
+    shares = [share(settings, rank, world_size, elastic=True) for rank in range(world_size)]
+    assert [i for own in shares for i in own] == list(range(batch))
+    passes = [micro_batches(len(own), settings, world_size, micro) for own in shares]
+    assert len({len(parts) for parts in passes}) == 1
+    for own, parts in zip(shares, passes, strict=True):
+        assert [i for part in parts for i in part] == list(range(len(own)))
+        assert all(1 <= len(part) <= (micro or batch) for part in parts)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(world: World, tmp_path: Path) -> None:
+    places = FolderCheckpoints(tmp_path / "run")
+    point = Point(1, 0.0, 0.0, 0.0, 0, 0, 0, 0.0)
+    places.save(1, lambda folder: (folder / "a").touch(), point)
+    places.finish()
+
+    def full(folder: Path) -> None:
+        (folder / "half").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    places.save(2, full, point)
+    with pytest.raises(SaveError, match=r"step 2 in .*No space left on device; the checkpoint before it is whole"):
+        places.finish()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["step-000000001"]
+    assert places.latest() == tmp_path / "run" / "step-000000001"
+
+
+def test_a_full_disk_stops_the_run_and_a_rerun_goes_on(world: World, tmp_path: Path) -> None:
+    straight, _ = _train(world, tmp_path / "straight", steps=20)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fill(point: Point) -> None:
+        if point.step == 12:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limit[1]))
+
+    try:
+        with pytest.raises(SaveError, match="saving the checkpoint of step 20"):
+            _train(world, tmp_path / "run", steps=20, on_point=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["step-000000010"]
+    again, _ = _train(world, tmp_path / "run", steps=20)
+    ours, theirs = again.model.state_dict(), straight.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_storage_that_goes_away_stops_the_run_and_a_rerun_goes_on(world: World, tmp_path: Path) -> None:
+    """What was mounted is another place now; the checkpoint before is whole when it comes back."""
+    straight, _ = _train(world, tmp_path / "straight", steps=20)
+    folder = tmp_path / "run"
+
+    def lose(point: Point) -> None:
+        if point.step == 12:
+            folder.rename(tmp_path / "elsewhere")
+            folder.write_text("not a folder")
+
+    with pytest.raises(SaveError, match=r"saving the checkpoint of step 20 .*bring the storage back"):
+        _train(world, folder, steps=20, on_point=lose)
+    folder.unlink()
+    (tmp_path / "elsewhere").rename(folder)
+    assert [p.name for p in folder.iterdir()] == ["step-000000010"]
+    again, _ = _train(world, folder, steps=20)
+    ours, theirs = again.model.state_dict(), straight.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def drop_a_shard(folder: Path) -> None:
+    (folder / "shard-00000-of-00001.pt").unlink()
+
+
+def cut_a_shard(folder: Path) -> None:
+    path = folder / "shard-00000-of-00001.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(("damage", "message"), [(drop_a_shard, "0 of 1 shards"), (cut_a_shard, "cannot be read")])
+def test_a_damaged_training_checkpoint_is_told_apart(
+    world: World, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    _train(world, tmp_path, steps=10)
+    kept = FolderCheckpoints(tmp_path).latest()
+    assert kept is not None
+    damage(kept)
+    with pytest.raises(CheckpointError, match=message):
+        _train(world, tmp_path, steps=20)
 
 
 def test_the_loss_falls_on_two_images(world: World, tmp_path: Path) -> None:
@@ -207,16 +459,24 @@ def test_a_job_crosses_to_a_worker_and_back(world: World, tmp_path: Path) -> Non
     assert stage.Job.from_dict(json.loads(json.dumps(job.to_dict()))) == job
 
 
+def cluster(**values: Any) -> ClusterConfig:
+    defaults = {"num_workers": 0, "checkpoint_every": 10, "log_every": 2, "loader_threads": 0}
+    return ClusterConfig(**{**defaults, **values})
+
+
 def _train(
     world: World,
     folder: Path,
     steps: int,
     *,
     micro_batch: int = 0,
+    threads: int = 0,
+    recompute: bool = False,
     batch: int = 4,
     n_images: int = 0,
     rate: float = 1.5e-3,
     on_point: Callable[[Point], None] = lambda point: None,
+    checkpoints: FolderCheckpoints | None = None,
 ) -> tuple[LoadedModel, Point]:
     config = changed(
         world.config,
@@ -229,17 +489,16 @@ def _train(
     set_trainable(loaded.model, config.stages.instruct.trainable)
     data = training_data(world, loaded, config)
     if n_images:
-        data.image_names = data.image_names[:n_images]
-    engine = TorchEngine(loaded.model, config.stages.instruct, torch.device("cpu"))
+        data.image_keys = data.image_keys[:n_images]
+    settings = cluster(micro_batch=micro_batch, loader_threads=threads, recompute=recompute)
+    engine = stage.make_engine(loaded.model, config.stages.instruct, settings, torch.device("cpu"))
     last = train(
         config.stages.instruct,
         data,
         engine,
-        FolderCheckpoints(folder),
+        checkpoints or FolderCheckpoints(folder),
         loaded.encoder.pad_id,
-        checkpoint_every=10,
-        log_every=2,
-        micro_batch=micro_batch,
+        settings,
         on_point=on_point,
     )
     return loaded, last

@@ -1,0 +1,88 @@
+"""`make paper` at two steps an arm: what it runs, keeps and writes; that it goes on instead of starting again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from locvlm.evaluation.verdicts import contrast
+from workflows import paper
+
+pytestmark = pytest.mark.slow
+
+ARGUMENTS = ["--seeds", "0", "--arms", "full", "none", "--steps", "2", "--scenes", "24", "6", "--jobs", "1"]
+ARGUMENTS += ["--set", "stages.align.steps=2", "--set", "evaluation.max_new_tokens=8"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one arm that was started again with two."""
+    folder = tmp_path_factory.mktemp("paper")
+    arguments = [*ARGUMENTS, "--runs", str(folder / "runs"), "--output", str(folder / "miniature.md")]
+    assert paper.main([*arguments[:4], *arguments[5:]]) == 0
+    first = next((folder / "runs").glob("*/models/0/full/receipt.json"))
+    before = first.stat().st_mtime_ns
+    assert paper.main(arguments) == 0
+    assert first.stat().st_mtime_ns == before
+    return folder
+
+
+@pytest.mark.timeout(280)
+def test_the_page_has_each_claim_with_a_verdict(run: Path) -> None:
+    page = (run / "miniature.md").read_text()
+    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ") and "**" in line}
+    assert list(rows) == list("abcdefg")
+    assert "**not shown**" in rows["a"]  # above or below was not run
+    assert all("**not run**" in rows[letter] for letter in "bcdefg")
+    (root,) = (run / "runs").iterdir()
+    scored = [root / "predictions" / "0" / arm / "coco-spatial.metrics.json" for arm in ("full", "none")]
+    better, other = ([_figures(path)["accuracy"]["value"]] for path in scored)
+    (row,) = [row for row in page.split("### a:")[1].splitlines() if row.startswith("| left or right, accuracy |")][:1]
+    assert f"| {100 * contrast(better, other).difference:+.1f} | 50.0 | not shown |" in row  # one seed has no interval
+    assert "| presence, asked directly in training | not run |" in page
+
+
+@pytest.mark.timeout(280)
+def test_score_computes_the_figures_from_the_answers_again(run: Path) -> None:
+    (root,) = (run / "runs").iterdir()
+    kept = root / "predictions" / "0" / "none"
+    argv = ["score", "--task", "presence", "--data", str(root / "questions" / "presence")]
+    argv += ["--predictions", str(kept / "presence.jsonl"), "--output", str(run / "again.json")]
+    subprocess.run([sys.executable, "-m", "locvlm", *argv], check=True, capture_output=True)
+    assert _figures(run / "again.json") == _figures(kept / "presence.metrics.json")
+
+
+def test_arms_differ_in_the_location_objectives_alone() -> None:
+    by_name = {arm.name: arm for arm in paper.MINIATURE}
+    assert "loc_pred" in by_name["full"].mixture
+    assert "loc_pred" not in by_name["none"].mixture
+    for name, trained in by_name.items():
+        key, _, value = trained.mixture.partition("=")
+        weights = {entry["objective"]: entry["weight"] for entry in yaml.safe_load(value)}
+        assert key == "stages.instruct.mixture"
+        assert sum(weights.values()) == pytest.approx(1)
+        if name != "direct":
+            assert weights["above_below" if trained.axis == paper.VERTICAL else "left_right"] == 0.1
+            assert weights["caption"] == weights["presence"]
+    assert "above_below" in by_name["full-vertical"].mixture
+    assert "left_right" not in by_name["full-vertical"].mixture
+    named = {name for claim in paper.CLAIMS for first, second, *_ in claim.contrasts for name in (first, second)}
+    assert named <= by_name.keys()
+
+
+@pytest.mark.parametrize("wrong", [["--jobs", "0"], ["--steps", "0"], ["--scenes", "0", "1"]])
+def test_a_size_of_nothing_is_refused(tmp_path: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert paper.main(["--runs", str(tmp_path), *wrong]) == 2
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+def _figures(path: Path) -> dict[str, dict[str, float]]:
+    return dict(json.loads(path.read_text())["figures"])
+
+
+def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert paper.main(["--runs", str(tmp_path), "--seeds", "1", "1"]) == 2
+    assert "given twice" in capsys.readouterr().err
