@@ -1,5 +1,6 @@
 """`python -m workflows.paper`: the paper in miniature, on drawn scenes and the tiny preset; what `make paper` does.
 
+A foundation is made first: a vision tower and a language model with a lesson each, on scenes and words of their own.
 Every arm starts from the same aligned model of its seed and takes equally many steps of equally many questions. The
 small share of left-or-right questions is the same in all arms but `direct`; what the location objectives do not take,
 captions and presence questions fill. All questions that are asked are about scenes of a test split that
@@ -7,6 +8,7 @@ nothing was chosen on. Finished steps are kept: started again, it goes on.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -21,15 +23,19 @@ from locvlm.config import ExperimentConfig
 from locvlm.errors import ConfigError, LocVLMError
 from locvlm.evaluation.score import read_metrics
 from locvlm.evaluation.verdicts import Contrast, Verdict, contrast, overall
-from locvlm.model.checkpoint import TINY_FOUNDATION
 from locvlm.presets import preset
-from locvlm.records import atomic_write, fingerprint
-from workflows.ablation_pipeline import ARMS, FULL, GENERIC_SHARES, LOCATION_SHARES, Arm, mixture
+from locvlm.records import atomic_write, read_json
+from locvlm.training.foundation import READING_STEPS, TOWER_STEPS, VOCABULARY
+from workflows.ablation_pipeline import ARMS, FULL, Arm, mixture
 from workflows.provenance import run_name
 
-STEPS = 1000  # of stage 2
+STEPS = 1500  # of stage 2
+# shares of its questions: mostly where things are, as in the paper, whose stage 2 is little else
+LOCATION_SHARES = {"loc_pred": 0.40, "neg_pred": 0.10, "rev_loc": 0.15}
+GENERIC_SHARES = {"caption": 0.05, "presence": 0.20}
+DOSE_SHARE = 0.10  # about sides
 N_TRAIN, N_TEST = 8000, 1000  # scenes
-SCENES_SEED = 20240617  # no other run of the project draws these
+SCENES_SEED, LESSON_SEED = 20240617, 20240618  # no other run of the project draws these
 QUESTIONS = 1000  # of a task
 GATE = 0.9
 
@@ -65,8 +71,8 @@ class Trained:
             return f"stages.instruct.mixture={mixture(self.shares)}"
         own = {objective: LOCATION_SHARES[objective] for objective in self.arm.objectives}
         free = (sum(LOCATION_SHARES.values()) - sum(own.values())) / 2  # to captions and presence alike
-        shares = [("generic", name, round(GENERIC_SHARES[name] + free, 4)) for name in ("caption", "presence")]
-        shares.append(("generic", DOSE[self.axis], GENERIC_SHARES[DOSE[HORIZONTAL]]))
+        shares = [("generic", name, round(share + free, 4)) for name, share in GENERIC_SHARES.items()]
+        shares.append(("generic", DOSE[self.axis], DOSE_SHARE))
         return f"stages.instruct.mixture={mixture([*shares, *(('localize', *share) for share in own.items())])}"
 
     @property
@@ -175,8 +181,8 @@ class Plan:
     overrides: list[str]
     seeds: list[int]
     arms: list[Trained]
-    n_train: int
-    n_test: int
+    scenes: Sequence[int]  # to train on, to ask about
+    lessons: Sequence[int]  # steps of the foundation's tower and reading
     jobs: int
 
     def metrics(self, arm: str, seed: int, task: str) -> Path:
@@ -213,6 +219,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="of stage 2 (default: %(default)s)")
     parser.add_argument("--scenes", type=int, nargs=2, default=(N_TRAIN, N_TEST), metavar=("TRAIN", "TEST"))
+    parser.add_argument(
+        "--lessons",
+        type=int,
+        nargs=2,
+        default=(TOWER_STEPS, READING_STEPS),
+        metavar=("TOWER", "READING"),
+        help="steps of the two lessons of the foundation (default: %(default)s)",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="at once, a core each")
@@ -222,25 +236,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    if args.jobs < 1 or args.steps < 1 or min(args.scenes) < 1:
-        raise ConfigError("running the paper in miniature: --jobs, --steps and --scenes must be at least 1")
+    if min(args.jobs, args.steps, *args.scenes, *args.lessons) < 1:
+        raise ConfigError("running the paper in miniature: --jobs, --steps, --scenes and --lessons must be at least 1")
     if len(set(args.seeds)) < len(args.seeds):
         raise ConfigError(f"running the paper in miniature: a seed of --seeds {args.seeds} is given twice")
-    overrides = [f"stages.instruct.steps={args.steps}", "cluster.num_workers=0", *args.overrides]
-    config = preset("tiny", overrides)
-    foundation = TINY_FOUNDATION if config.model.foundation == "tiny" else Path(config.model.foundation)
-    parts = [config.fingerprint(), fingerprint(foundation), *args.scenes]
+    overrides = [f"stages.instruct.steps={args.steps}", "cluster.num_workers=0"]
+    overrides += [f"model.language.vocab_size={VOCABULARY}", *args.overrides]
+    parts = [preset("tiny", overrides).fingerprint(), *args.scenes, *args.lessons]
     arms = [arm for arm in MINIATURE if arm.name in args.arms]
     root = args.runs.absolute() / run_name("paper", parts)
-    n_train, n_test = args.scenes
-    return Plan(root, config, overrides, args.seeds, arms, n_train, n_test, args.jobs)
+    overrides.append(f"model.foundation={json.dumps(str(root / 'foundation'))}")
+    return Plan(root, preset("tiny", overrides), overrides, args.seeds, arms, args.scenes, args.lessons, args.jobs)
 
 
 def _run(plan: Plan) -> None:
     plan.root.mkdir(parents=True, exist_ok=True)
     todo = list(_data_steps(plan))
     for name, argv, output in todo:
-        _locvlm(plan, name, argv if name == "scenes" else [*argv, "--preset", "tiny"], output)
+        _locvlm(plan, name, argv if argv[1] == "scenes" else [*argv, "--preset", "tiny"], output)
     for seed in plan.seeds:
         _align(plan, seed)
     chains = [(arm, seed) for seed in plan.seeds for arm in plan.arms if not _is_finished(plan, arm, seed)]
@@ -264,9 +277,15 @@ def _run(plan: Plan) -> None:
 def _data_steps(plan: Plan) -> Iterator[tuple[str, list[str], Path]]:
     """Name, verb and output of everything that arms share."""
     data, questions = plan.root / "data", plan.root / "questions"
-    scenes = data / "scenes"
-    drawing = ["--seed", str(SCENES_SEED), "--n-train", str(plan.n_train), "--n-test", str(plan.n_test)]
-    yield "scenes", ["data", "scenes", *drawing, "--shards"], scenes
+    scenes, lessons = data / "scenes", data / "lessons"
+    sizes = ["--n-train", str(plan.scenes[0]), "--n-test", str(plan.scenes[1]), "--shards"]
+    yield "scenes", ["data", "scenes", "--seed", str(SCENES_SEED), *sizes], scenes
+    yield "lessons", ["data", "scenes", "--seed", str(LESSON_SEED), *sizes], lessons
+    learning = ["--annotations", str(lessons / "instances_train.json"), "--images", str(lessons / "images")]
+    learning += ["--held-out", str(lessons / "instances_test.json")]
+    learning += ["--tower-steps", str(plan.lessons[0]), "--reading-steps", str(plan.lessons[1])]
+    settings = [part for override in plan.overrides for part in ("--set", override)]
+    yield "foundation", ["foundation", *learning, *settings], plan.root / "foundation"
     train, test = (["--annotations", str(scenes / f"instances_{split}.json")] for split in ("train", "test"))
     captions = ["--captions", str(scenes / "captions_train.json")]
     yield "generic", ["data", "generic", *train, *captions], data / "generic"
@@ -372,11 +391,11 @@ def _head(plan: Plan) -> str:
     assert stage is not None
     return f"""# The paper in miniature
 
-Written by `make paper`; do not edit. Drawn scenes ({plan.n_train} to train on, {plan.n_test} to ask about, drawn for
-this page alone), the tiny preset, {len(plan.seeds)} seeds ({", ".join(map(str, plan.seeds))}). Stage 1 and stage 2
-from the same foundation; stage 2 takes {stage.steps} steps of {stage.global_batch} images with
-{stage.conversations_per_image} questions each in every arm. All arms but `direct` have
-the same share ({100 * GENERIC_SHARES["left_right"]:.0f} %) of questions about sides; where an arm lacks a location
+Written by `make paper`; do not edit. Drawn scenes ({plan.scenes[0]} to train on, {plan.scenes[1]} to ask about, drawn
+for this page alone), the tiny preset, {len(plan.seeds)} seeds ({", ".join(map(str, plan.seeds))}). Stage 1 and stage 2
+from the same foundation, whose lessons had scenes and words of their own; stage 2 takes {stage.steps} steps of
+{stage.global_batch} images with {stage.conversations_per_image} questions each in every arm. All arms but `direct` have
+the same share ({100 * DOSE_SHARE:.0f} %) of questions about sides; where an arm lacks a location
 objective, captions and presence questions have its share. Arms take equally many questions, not tokens: a
 place costs more tokens than a yes.
 
@@ -388,6 +407,7 @@ above 0 in every figure named, and the better arm is above the floor, the best a
 
 def _gates(plan: Plan) -> str:
     rows = ["## Gates", "", "| gate | figure | wanted | passed |", "|---|---|---|---|"]
+    rows += _gates_of_the_foundation(plan.root / "foundation")
     gates = [
         ("left or right, asked directly in training", "coco-spatial", "accuracy"),
         ("presence, asked directly in training", "presence", "accuracy"),
@@ -402,6 +422,28 @@ def _gates(plan: Plan) -> str:
         mean = sum(values) / len(values)
         rows.append(f"| {words} | {_each(values)} | {100 * GATE:.0f} | {'yes' if mean >= GATE else 'no'} |")
     return "\n".join(rows)
+
+
+def _gates_of_the_foundation(folder: Path) -> list[str]:
+    """What it could do before stage 1, as its recipe has it."""
+    recipe = folder / "recipe.json"
+    figures = read_json(recipe).get("figures", {}) if recipe.is_file() else {}
+    gates = [
+        ("foundation: the tower tells what a patch shows", "tower", "category"),
+        ("foundation: the tower tells the column of what a patch shows (of 12)", "tower", "column"),
+        ("foundation: the tower tells the row of what a patch shows (of 12)", "tower", "row"),
+        ("foundation: presence in stated scenes, names held out", "reading", "presence"),
+        ("foundation: left or right in stated scenes, names held out", "reading", "side"),
+        ("foundation: presence in the words of the evaluation", "reading", "presence_in_full"),
+        ("foundation: left or right likewise", "reading", "side_in_full"),
+    ]
+    rows = []
+    for words, lesson, name in gates:
+        value = figures.get(lesson, {}).get(name)
+        found = "not known" if value is None else f"{100 * value:.1f}"
+        passed = "" if value is None else "yes" if value >= GATE else "no"
+        rows.append(f"| {words} | {found} | {100 * GATE:.0f} | {passed} |")
+    return rows
 
 
 def _details(claim: Claim, found: Sequence[tuple[str, Contrast | None]]) -> list[str]:

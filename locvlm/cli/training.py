@@ -54,10 +54,12 @@ def add_verbs(verbs: "argparse._SubParsersAction[Any]") -> None:
 
     parser = verbs.add_parser("foundation", help="train the tiny vision tower and language model from scratch")
     add_config_options(parser)
-    parser.add_argument("--data", type=Path, required=True, help="a dataset folder made by `locvlm data generic`")
+    parser.add_argument("--annotations", type=Path, required=True, help="COCO instances of drawn scenes to learn from")
+    parser.add_argument("--held-out", type=Path, required=True, help="COCO instances to measure what the tower sees on")
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--tower-steps", type=int, help="of the vision tower's lesson")
+    parser.add_argument("--reading-steps", type=int, help="of the language model's lesson")
     parser.set_defaults(run=_foundation)
 
 
@@ -168,10 +170,11 @@ def _told(prefix: str, point: dict[str, float]) -> str:
 
 
 def _foundation(args: argparse.Namespace) -> None:
-    from locvlm.training.foundation import train_foundation
+    from locvlm.training.foundation import READING_STEPS, TOWER_STEPS, train_foundation
 
     config = read_config(args, default="tiny")
-    train_foundation(config, args.data, args.images, args.output, args.steps, show_progress=sys.stderr.isatty())
+    steps = (args.tower_steps or TOWER_STEPS, args.reading_steps or READING_STEPS)
+    train_foundation(config, args.annotations, args.held_out, args.images, args.output, *steps)
 
 
 def _named_paths(option: str, values: list[str]) -> dict[str, Path]:

@@ -148,15 +148,17 @@ def _spelled(token: str | None) -> str:
     return (token or "").replace(SPACE, " ")
 
 
-def word_tokenizer(corpus: Iterable[str], whole: Iterable[str] = ()) -> PreTrainedTokenizerFast:
-    """The tokenizer of the tiny preset: every word of `corpus` is one token, with and without a leading space; digits
-    are single; anything else falls back to characters and bytes, so no text is out of vocabulary. `whole` are strings
-    kept in one piece after a space (such as '(x1,y1,x2,y2)'). Nothing is trained: equal input, equal tokenizer.
+def word_tokenizer(corpus: Iterable[str], whole: Iterable[str] = (), n_numbers: int = 0) -> PreTrainedTokenizerFast:
+    """The tokenizer of the tiny preset: every word of `corpus` is one token, with and without a leading space. So is
+    every whole number below `n_numbers`, without one; digits of others are single. Anything else falls back to
+    characters and bytes, so no text is out of vocabulary. `whole` are strings kept in one piece after a space (such as
+    '(x1,y1,x2,y2)'). Nothing is trained: equal input, equal tokenizer.
     """
     words = sorted({word for text in corpus for word in re.findall(r"[A-Za-z']+", text) if len(word) > 1})
     vocabulary: list[tuple[str, float]] = [(token, 0.0) for token in SPECIAL_TOKENS]
     vocabulary += [(f"<0x{byte:02X}>", -50.0) for byte in range(256)]
     vocabulary += [(character, -10.0) for character in ["\n", "\u2581", *map(chr, range(33, 127))]]
+    vocabulary += [(str(number), -10.0) for number in range(10, n_numbers)]
     vocabulary += [("\u2581(", -10.0), *(("\u2581" + text, -10.0) for text in sorted(whole))]
     vocabulary += [(prefix + word, -10.0) for word in words for prefix in ("\u2581", "")]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))

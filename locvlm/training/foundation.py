@@ -1,34 +1,39 @@
 """The tiny foundation: the stand-in for CLIP and LLaMA that the tiny preset starts from.
 
-A vision tower and a language model, trained together from scratch on captions and presence questions of drawn scenes.
-It has never been asked for a place, nor for a side. Stage 1 begins with its tower and its language model behind a fresh
-adapter, as the paper begins with CLIP and LLaMA.
+A vision tower that sees what stands in which column and row (`tower`), and a language model that looks names up in
+scenes stated in words and compares their places (`reading`). Each has its own lesson, from scratch; they have never
+met, as CLIP and LLaMA have not. Stage 1 puts a fresh adapter between them.
 """
 
 import json
 import logging
+import random
 import re
-import time
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from locvlm import prompts
-from locvlm.config import ClusterConfig, ExperimentConfig, MixtureEntry, StageConfig
-from locvlm.coordinates import make_location_format
-from locvlm.data.conversations import open_conversations
-from locvlm.data.dataset import TrainingData
-from locvlm.data.instruct import Renderer
+from locvlm.config import ExperimentConfig
+from locvlm.data.coco import Instances, read_instances
+from locvlm.errors import ConfigError
 from locvlm.geometry import make_geometry
 from locvlm.model.checkpoint import LoadedModel, fresh, save
-from locvlm.model.stages import set_trainable
 from locvlm.model.tokenizer import TextEncoder, word_tokenizer
 from locvlm.pixels import open_images
-from locvlm.training.checkpoints import FolderCheckpoints
-from locvlm.training.engine import TorchEngine
-from locvlm.training.loop import Point, train
+from locvlm.records import atomic_write, read_json
+from locvlm.training import reading, tower
 
 log = logging.getLogger(__name__)
+
+TOWER_STEPS, READING_STEPS = 2000, 4000
+VOCABULARY = 2048  # what `model.language.vocab_size` has to be at least
+N_HELD_OUT_NAMES = 24
 
 # the 80 category names of COCO, so that real annotations cost one token a word
 COCO_NAMES = (
@@ -44,87 +49,142 @@ COCO_NAMES = (
 )
 
 
-def foundation_stage(steps: int) -> StageConfig:
-    """Captions and presence, half and half; everything trains."""
-    return StageConfig(
-        mixture=(
-            MixtureEntry(source="generic", objective="caption", weight=0.4),
-            MixtureEntry(source="generic", objective="presence", weight=0.6),
-        ),
-        learning_rate=1.5e-3,
-        global_batch=32,
-        steps=steps,
-        warmup_ratio=min(0.5, 200 / steps),
-        schedule="linear",
-        betas=(0.9, 0.98),
-        conversations_per_image=6,
-        precision="bf16",
+# made-up words to name things by in the reading lesson: with 130 names it learns them one by one, with 600 the rule
+MADE_UP = tuple(
+    first + second
+    for first in ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "po", "ru", "sa", "te", "vi", "zo")
+    for second in (
+        "bim",
+        "col",
+        "dar",
+        "fen",
+        "gup",
+        "hol",
+        "jat",
+        "kem",
+        "lin",
+        "mox",
+        "nuv",
+        "pag",
+        "rel",
+        "sot",
+        "tud",
+        "vek",
+        "wip",
+        "yar",
+        "zed",
+        "bolt",
+        "cask",
+        "drim",
+        "fosk",
+        "gant",
+        "helm",
+        "jolk",
+        "kurn",
+        "lisp",
+        "mund",
+        "nold",
+        "pren",
+        "quil",
+        "rask",
+        "sturn",
+        "tilk",
+        "vorn",
     )
+)
 
 
 def train_foundation(
-    config: ExperimentConfig, generic: Path, images: Path, output: Path, steps: int, *, show_progress: bool = False
+    config: ExperimentConfig,
+    annotations: Path,
+    held_out: Path,
+    images: Path,
+    output: Path,
+    tower_steps: int = TOWER_STEPS,
+    reading_steps: int = READING_STEPS,
 ) -> Path:
-    """Train and save the foundation under `output`; continues an interrupted run. Returns the folder."""
-    file = open_conversations(generic)
-    corpus = {COCO_NAMES, *_project_sentences()}
-    for row in range(0, len(file), max(1, len(file) // 20_000)):
-        for turn in file[row].turns:
-            corpus.update((turn.question, turn.answer))
-    tokenizer = word_tokenizer(corpus, whole=re.findall(r"\([a-z0-9,]+\)", " ".join(corpus)))
-    encoder = TextEncoder(tokenizer, config.model.vision.n_tokens)
+    """Train and save the foundation under `output`; returns the folder. `annotations`, `held_out`: COCO instances of
+    drawn scenes under `images`, to learn from and to measure the tower on. A finished lesson is kept beside `output`
+    until both are."""
+    lessons = read_instances(annotations)
+    taught, others = _names(lessons, config.seed)
+    tokenizer = _tokenizer(lessons)
     if len(tokenizer) > config.model.language.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, model.language.vocab_size is too small")
+        raise ConfigError(
+            f"making the foundation: its words are {len(tokenizer)} tokens, model.language.vocab_size is "
+            f"{config.model.language.vocab_size}; add --set model.language.vocab_size={VOCABULARY}"
+        )
+    encoder = TextEncoder(tokenizer, config.model.vision.n_tokens)
     model = fresh(config, encoder, config.seed)
-    with torch.no_grad():  # positions must be visible from the start: at CLIP's own scale they drown
-        positions = model.model.vision_tower.embeddings.position_embedding.weight
-        positions.normal_(std=0.3, generator=torch.Generator().manual_seed(config.seed))
-    set_trainable(model, ("vision", "adapter", "language"))
-    _freeze_unused_block(model, config)
-    stage = foundation_stage(steps)
-    location = make_location_format(config.coordinates)
-    data = TrainingData(
-        stage,
-        {"generic": file},
-        open_images(images),
-        Renderer(location, config.prompts, config.seed),
-        encoder,
-        make_geometry(config.geometry),
-        config.model.language.max_length,
-        config.seed,
-    )
-    begun = time.monotonic()
-    curve: list[Point] = []
 
-    def on_point(point: Point) -> None:
-        curve.append(point)
-        if point.step % 100 == 0:
-            log.info("step %d loss %.4f (%.0f s)", point.step, point.loss, time.monotonic() - begun)
+    def see() -> dict[str, float]:
+        source, geometry = open_images(images), make_geometry(config.geometry)
+        patch = config.model.vision.patch_size
+        lesson, asked = (
+            tower.make_lesson(part, source, geometry, patch) for part in (lessons, read_instances(held_out))
+        )
+        return asdict(tower.teach(model, lesson, asked, len(lessons.categories), tower_steps, config.seed))
 
-    engine = TorchEngine(model, stage, torch.device("cpu"))
-    train(
-        stage,
-        data,
-        engine,
-        FolderCheckpoints(output.parent / f"{output.name}.checkpoints"),
-        encoder.pad_id,
-        ClusterConfig(num_workers=0, checkpoint_every=200, log_every=20),
-        on_point=on_point,
-        show_progress=show_progress,
+    def read() -> dict[str, float]:
+        return asdict(reading.teach(model, encoder, taught, others, reading_steps, config.seed))
+
+    parts = output.with_name(f".{output.name}.lessons")
+    figures = {
+        "tower": _once(parts / f"tower-{tower_steps}-{config.seed}", model.model.vision_tower, see),
+        "reading": _once(
+            parts / f"reading-{reading_steps}-{config.seed}",
+            torch.nn.ModuleList([model.model.language_model, model.lm_head]),
+            read,
+        ),
+    }
+    recipe = {
+        "verb": "locvlm foundation",
+        "steps": {"tower": tower_steps, "reading": reading_steps},
+        "seed": config.seed,
+        "held_out_names": others,
+        "figures": figures,
+    }
+    text = json.dumps(recipe, indent=1) + "\n"
+    save(
+        LoadedModel(model, encoder, config),
+        output,
+        torch.float16,
+        complete=lambda folder: _write(folder / "recipe.json", text),
     )
-    save(LoadedModel(model, encoder, config), output, torch.float16)
-    recipe = {"steps": steps, "seed": config.seed, "final_loss": curve[-1].loss if curve else None}
-    (output / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
+    shutil.rmtree(parts)
     return output
 
 
-def _freeze_unused_block(model: torch.nn.Module, config: ExperimentConfig) -> None:
-    """The blocks after the feature layer, and the final norm, never receive a gradient."""
-    tower = model.model.vision_tower  # type: ignore[union-attr]
-    used = config.model.vision.n_layers + 1 + config.model.vision.feature_layer
-    unused: list[torch.nn.Module] = [*list(tower.encoder.layers)[used:], tower.post_layernorm]  # type: ignore[union-attr,arg-type,list-item]
-    for module in unused:
-        module.requires_grad_(False)
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text)
+
+
+def _once(stem: Path, part: torch.nn.Module, lesson: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    """Figures of a lesson of `part`, which is not given again when its weights lie there."""
+    figures, weights = stem.with_suffix(".json"), stem.with_suffix(".pt")
+    if figures.is_file():
+        part.load_state_dict(torch.load(weights, weights_only=True))
+        return dict(read_json(figures))
+    found = lesson()
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(part.state_dict(), weights)
+    _write(figures, json.dumps(found) + "\n")
+    return found
+
+
+def _names(instances: Instances, seed: int) -> tuple[list[str], list[str]]:
+    """Single words to name things by: those of the lesson, and those held out (none is a word of a category here)."""
+    drawn = {word for name in instances.categories for word in name.split()}
+    words = sorted({*COCO_NAMES.split(), *MADE_UP} - drawn)
+    held_out = sorted(random.Random(f"{seed}/names").sample(words, N_HELD_OUT_NAMES))
+    return sorted({*words, *drawn} - set(held_out)), held_out
+
+
+def _tokenizer(instances: Instances) -> PreTrainedTokenizerFast:
+    corpus = [COCO_NAMES, *instances.categories, *_project_sentences()]
+    whole = re.findall(r"\([a-z0-9,]+\)", " ".join(corpus))
+    return word_tokenizer(corpus, [*whole, *MADE_UP, *map(str, range(reading.COLUMNS))], n_numbers=100)
 
 
 def _project_sentences() -> list[str]:
@@ -146,5 +206,6 @@ def _project_sentences() -> list[str]:
         *(prompts.spatial_answer("x", side, "y") for side in sides),
         prompts.hallucination_question("x", "image"),
         prompts.hallucination_question("x", "video"),
-        "USER ASSISTANT Yes No that which with an and of in on",
+        "USER ASSISTANT Yes No that which with an and of in on A photo where none is yes no steps side height",
+        "above below",
     ]

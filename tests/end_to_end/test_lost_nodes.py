@@ -116,8 +116,8 @@ class Run:
             self.process = subprocess.Popen(command, env=nodes.environment, stdout=file, stderr=file)
 
     def wait_for_step(self, step: int, stale: dict[str, int] | None = None) -> None:
-        """Until the run has come to the step and Ray knows the checkpoint before it. `stale` is an earlier attempt's point
-        of that step, which stands on the curve until the next attempt comes to it."""
+        """Until the run has come to the step and Ray knows the checkpoint before it. `stale` is an earlier attempt's
+        point of that step, which stands on the curve until the next attempt comes to it."""
 
         def reached() -> bool:
             points = [point for point in self.curve if point["step"] >= step]

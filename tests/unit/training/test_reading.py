@@ -1,0 +1,149 @@
+"""The language model's lesson."""
+
+import random
+import re
+
+import pytest
+import torch
+
+from locvlm import prompts
+from locvlm.model.checkpoint import fresh
+from locvlm.model.tokenizer import TextEncoder, word_tokenizer
+from locvlm.model.variants import LocVLM
+from locvlm.presets import preset
+from locvlm.training import reading
+from tests.tiny import SMALL
+
+NAMES = ["apple", "bell", "coin", "drum", "fox", "goose", "harp"]
+KINDS = {"where": 1.0, "presence": 1.0, "steps": 1.0, "side": 1.0, "height": 1.0}
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    corpus = [*NAMES, prompts.SPATIAL_DIRECT, prompts.HALLUCINATION_PROMPT, "Yes No image located to the of left right"]
+    corpus += ["USER ASSISTANT where none is yes no steps side height above below A photo of a an and The"]
+    return TextEncoder(word_tokenizer(corpus, map(str, range(reading.COLUMNS)), n_numbers=100), 36)
+
+
+@pytest.fixture
+def model(encoder: TextEncoder) -> LocVLM:
+    return fresh(preset("tiny", [*SMALL, "model.language.vocab_size=1024"]), encoder, 0)
+
+
+def places(row: reading.Row) -> dict[str, tuple[int, int]]:
+    return {name: (int(x), int(y)) for name, x, y in re.findall(r" (\w+) (\d+) (\d+);", row.text)}
+
+
+def side(first: tuple[int, int], second: tuple[int, int], axis: int) -> str:
+    """Where the second lies as seen from the first."""
+    return (("left", "right"), ("above", "below"))[axis][second[axis] > first[axis]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_short_answers_follow_from_the_stated_scene(seed: int) -> None:
+    row = reading.short_row(NAMES, random.Random(seed), KINDS)
+    at = places(row)
+    questions = row.text.partition("\n")[2]
+    for name, x, y in re.findall(r" where (\w+) (\d+) (\d+)", questions):
+        assert at[name] == (int(x), int(y))
+    assert not at.keys() & set(re.findall(r" where (\w+) none", questions))
+    for name, answer in re.findall(r" is (\w+) (yes|no)", questions):
+        assert (name in at) is (answer == "yes")
+    for first, second, word in re.findall(r" side (\w+) (\w+) (\w+)", questions):
+        assert word == side(at[first], at[second], 0)
+    for first, second, word in re.findall(r" height (\w+) (\w+) (\w+)", questions):
+        assert word == side(at[first], at[second], 1)
+    for first, second, a, x, b, z, word in re.findall(r" steps (\w+) (\w+)\? (\w+) (\d+) (\w+) (\d+) (\w+)", questions):
+        assert (a, int(x), b, int(z)) == (first, at[first][0], second, at[second][0])
+        assert word == side(at[first], at[second], 0)
+    assert len(row.kinds) == len(row.words) == len(row.spans) == 8
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_chat_answers_are_the_projects_own_and_true(seed: int) -> None:
+    row = reading.chat_row(NAMES, random.Random(seed))
+    at = places(row)
+    sides = re.findall(
+        r"Which side of (\w+) is (\w+) located\? ASSISTANT: The (\w+) is located to the (\w+) of (\w+)\.", row.text
+    )
+    there = re.findall(r"Is there (\w+) in image\? ASSISTANT: (Yes|No)", row.text)
+    assert len(sides) + len(there) == 4
+    for first, second, subject, word, other in sides:
+        assert (subject, other, word) == (second, first, side(at[first], at[second], 0))
+    for name, answer in there:
+        assert (name in at) is (answer == "Yes")
+    assert [row.text[begin:end].strip() for begin, end in row.words if row.text[begin:end].strip() not in ("Yes", "No")]
+    assert not any(template.split("{")[0] in row.text for template in (*prompts.LOC_PROMPTS, *prompts.REV_PROMPTS))
+
+
+def test_a_caption_stands_where_stage_1_has_it() -> None:
+    row = reading.caption_row(NAMES, random.Random(3))
+    begin, end = row.spans[0]
+    assert row.text[begin:end].startswith("A photo of a")
+    assert row.text[end - 2 :] == ".\n"
+    assert all(name in row.text[begin:end] for name in places(row))
+
+
+def test_the_lesson_begins_with_pairs_and_ends_with_everything() -> None:
+    lesson = list(reading.rows(NAMES, 0, 40, 8))
+    assert len(lesson) == 40
+    assert {kind for row in lesson[0] for kind in row.kinds} == {"pairs"}
+    late = {kind for texts in lesson[20:] for row in texts for kind in row.kinds}
+    assert late >= {
+        "pairs",
+        "where",
+        "presence",
+        "steps",
+        "side",
+        "height",
+        "presence_in_full",
+        "side_in_full",
+        "caption",
+    }
+    assert [row.text for row in lesson[7]] == [row.text for row in list(reading.rows(NAMES, 0, 40, 8))[7]]
+
+
+def test_the_lesson_moves_the_language_model_alone(model: LocVLM, encoder: TextEncoder) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    figures = reading.teach(model, encoder, NAMES, NAMES, 3, 0)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith(("model.language_model", "lm_head")) for name in moved)
+    assert 0 <= figures.side <= 1
+
+
+def test_numbers_mean_the_same_with_and_without_a_space(model: LocVLM, encoder: TextEncoder) -> None:
+    reading.teach(model, encoder, NAMES, NAMES, 2, 0)
+    for weight in (model.model.language_model.embed_tokens.weight, model.lm_head.weight):
+        glued, apart = (encoder.encode([text])[0].ids[1] for text in ("31", " 31"))
+        assert glued != apart
+        assert torch.equal(weight[glued], weight[apart])
+
+
+def test_a_perfect_reader_scores_1_and_a_constant_one_half(
+    model: LocVLM, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured by the words that decide alone."""
+
+    def perfect(_: LocVLM, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(ids.roll(-1, dims=1), 1024)
+
+    monkeypatch.setattr(reading, "_logits", perfect)
+    assert reading.measure(model, encoder, NAMES, 0) == reading.ReadingFigures(1.0, 1.0, 1.0, 1.0)
+    left, yes = (encoder.encode([word])[0].ids[1] for word in (" left", " Yes"))
+
+    def constant(_: LocVLM, ids: torch.Tensor) -> torch.Tensor:
+        scores = torch.zeros(*ids.shape, 1024)
+        scores[..., [left, yes]] = 1.0
+        scores[..., left] += 1.0
+        return scores
+
+    monkeypatch.setattr(reading, "_logits", constant)
+    found = reading.measure(model, encoder, NAMES, 0)
+    assert found.presence == found.presence_in_full == 0
+    assert 0.4 < found.side < 0.6
+
+
+def test_a_name_of_two_tokens_is_refused(model: LocVLM, encoder: TextEncoder) -> None:
+    with pytest.raises(ValueError, match="' gooseberry' takes"):
+        reading.teach(model, encoder, ["gooseberry", *NAMES], NAMES, 1, 0)
