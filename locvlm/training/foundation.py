@@ -48,50 +48,13 @@ COCO_NAMES = (
     "toaster sink refrigerator book clock vase scissors teddy bear hair drier toothbrush"
 )
 
-
 # made-up words to name things by in the reading lesson: with 130 names it learns them one by one, with 600 the rule
-MADE_UP = tuple(
-    first + second
-    for first in ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "po", "ru", "sa", "te", "vi", "zo")
-    for second in (
-        "bim",
-        "col",
-        "dar",
-        "fen",
-        "gup",
-        "hol",
-        "jat",
-        "kem",
-        "lin",
-        "mox",
-        "nuv",
-        "pag",
-        "rel",
-        "sot",
-        "tud",
-        "vek",
-        "wip",
-        "yar",
-        "zed",
-        "bolt",
-        "cask",
-        "drim",
-        "fosk",
-        "gant",
-        "helm",
-        "jolk",
-        "kurn",
-        "lisp",
-        "mund",
-        "nold",
-        "pren",
-        "quil",
-        "rask",
-        "sturn",
-        "tilk",
-        "vorn",
-    )
+_BEGINNINGS = "ba de fi go ku la me ni po ru sa te vi zo"
+_ENDINGS = (
+    "bim col dar fen gup hol jat kem lin mox nuv pag rel sot tud vek wip yar zed "
+    "bolt cask drim fosk gant helm jolk kurn lisp mund nold pren quil rask sturn tilk vorn"
 )
+MADE_UP = tuple(first + second for first in _BEGINNINGS.split() for second in _ENDINGS.split())
 
 
 def train_foundation(

@@ -4,8 +4,8 @@ The stand-in for what LLaMA knows before stage 1. A row states a scene ("USER: a
 the column and row of its centre) where a picture's tokens will stand, and asks about it. The words of the project's
 presence and side questions occur, those of LocPred, NegPred and RevLoc do not.
 
-Looking up has to work for any name. So the rows of most names are drawn anew all the time while the lesson lasts: what
-is learned cannot lean on a name's own weights, and names that were held out are no harder than others.
+Looking up has to work for any name. So there are hundreds of them, and in the second half of the lesson their rows are
+drawn anew all the time: what is learned cannot lean on a name's own weights.
 """
 
 import logging
