@@ -271,7 +271,8 @@ def _draw(model: LocVLM, tokens: torch.Tensor, generator: torch.Generator) -> No
 
 
 def _spread_numbers(model: LocVLM, encoder: TextEncoder) -> None:
-    """A number means the same without the space before it: places are written without."""
+    """A number means the same without the space before it: places are written without. Which of the two is to be said
+    is for stage 2 to learn."""
     with torch.no_grad():
         for weight in (model.model.language_model.embed_tokens.weight, model.lm_head.weight):
             for number in range(COLUMNS):
