@@ -242,7 +242,13 @@ def _plan(args: argparse.Namespace) -> Plan:
         raise ConfigError(f"running the paper in miniature: a seed of --seeds {args.seeds} is given twice")
     overrides = [f"stages.instruct.steps={args.steps}", "cluster.num_workers=0"]
     overrides += [f"model.language.vocab_size={VOCABULARY}", *args.overrides]
-    parts = [preset("tiny", overrides).fingerprint(), *args.scenes, *args.lessons]
+    config = preset("tiny", overrides)
+    if config.model.foundation != "tiny":
+        raise ConfigError(
+            f"running the paper in miniature: model.foundation was set to {config.model.foundation}, but the run makes "
+            "its own foundation; leave that setting out"
+        )
+    parts = [config.fingerprint(), *args.scenes, *args.lessons]
     arms = [arm for arm in MINIATURE if arm.name in args.arms]
     root = args.runs.absolute() / run_name("paper", parts)
     overrides.append(f"model.foundation={json.dumps(str(root / 'foundation'))}")

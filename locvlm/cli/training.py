@@ -173,7 +173,8 @@ def _foundation(args: argparse.Namespace) -> None:
     from locvlm.training.foundation import READING_STEPS, TOWER_STEPS, train_foundation
 
     config = read_config(args, default="tiny")
-    steps = (args.tower_steps or TOWER_STEPS, args.reading_steps or READING_STEPS)
+    given = ((args.tower_steps, TOWER_STEPS), (args.reading_steps, READING_STEPS))
+    steps = [usual if wanted is None else wanted for wanted, usual in given]
     train_foundation(config, args.annotations, args.held_out, args.images, args.output, *steps)
 
 

@@ -68,7 +68,11 @@ def train_foundation(
 ) -> Path:
     """Train and save the foundation under `output`; returns the folder. `annotations`, `held_out`: COCO instances of
     drawn scenes under `images`, to learn from and to measure the tower on. A finished lesson is kept beside `output`
-    until both are."""
+    until both are. Raises ConfigError for a lesson without steps and for a vocabulary that is too small."""
+    if min(tower_steps, reading_steps) < 1:
+        raise ConfigError(
+            f"making the foundation: lessons of {tower_steps} and {reading_steps} steps; each needs at least 1"
+        )
     lessons = read_instances(annotations)
     taught, others = _names(lessons, config.seed)
     tokenizer = _tokenizer(lessons)

@@ -85,6 +85,11 @@ def test_a_size_of_nothing_is_refused(tmp_path: Path, wrong: list[str], capsys: 
     assert "must be at least 1" in capsys.readouterr().err
 
 
+def test_a_foundation_of_ones_own_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert paper.main(["--runs", str(tmp_path), "--set", "model.foundation=/elsewhere"]) == 2
+    assert "model.foundation was set to /elsewhere" in capsys.readouterr().err
+
+
 def _figures(path: Path) -> dict[str, dict[str, float]]:
     return dict(json.loads(path.read_text())["figures"])
 

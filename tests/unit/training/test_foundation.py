@@ -68,6 +68,13 @@ def test_a_lesson_that_is_finished_is_not_given_again(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_lesson_without_steps_is_refused(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = arguments(scenes)
+    argv[argv.index("--tower-steps") + 1] = "0"
+    assert main([*argv, "--output", str(tmp_path / "foundation")]) == 2
+    assert "lessons of 0 and 8 steps; each needs at least 1" in capsys.readouterr().err
+
+
 def test_a_vocabulary_that_is_too_small_is_told(scenes: Path, tmp_path: Path) -> None:
     files = [scenes / "instances_train.json", scenes / "instances_test.json", scenes / "images"]
     with pytest.raises(ConfigError, match=r"add --set model\.language\.vocab_size=2048"):
