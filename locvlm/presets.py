@@ -103,7 +103,7 @@ def _tiny() -> dict[str, Any]:
                 "ffn_size": 256,
             },
             "language": {
-                "vocab_size": 1024,
+                "vocab_size": 2048,
                 "hidden_size": 128,
                 "n_layers": 4,
                 "n_heads": 4,
@@ -126,10 +126,10 @@ def _tiny() -> dict[str, Any]:
             "instruct": {
                 "trainable": ["adapter", "language"],
                 "mixture": [
-                    {"source": "generic", "objective": "caption", "weight": 0.20},
+                    {"source": "generic", "objective": "caption", "weight": 0.05},
                     {"source": "generic", "objective": "presence", "weight": 0.20},
                     {"source": "generic", "objective": "left_right", "weight": 0.10},
-                    {"source": "localize", "objective": "loc_pred", "weight": 0.25},
+                    {"source": "localize", "objective": "loc_pred", "weight": 0.40},
                     {"source": "localize", "objective": "neg_pred", "weight": 0.10},
                     {"source": "localize", "objective": "rev_loc", "weight": 0.15},
                 ],

@@ -2,7 +2,7 @@
 
 Image arms train stage 2 from the same aligned model. They differ in how places are written (Table 2; Table 11, bounding
 box or point), in the location objectives (Table 11, each added), or in pseudo-captions or category names (Table 11).
-Every arm has the same generic dose beside its objectives, and as many steps where stages.instruct counts steps; where
+Every arm has the same small share of questions about sides, and as many steps where stages.instruct counts steps; where
 it counts epochs, an arm with fewer conversations takes fewer. With videos each image arm goes on to a video stage that
 tunes the adapter (its column ActivityNet-QA), and the video arms (Table 12) start from the full image arm, on few
 frames, with location objectives about videos beside VideoInstruct.
@@ -24,6 +24,7 @@ from components.image import IMAGE
 from components.report import report
 from components.resolve_config import resolve_config
 from workflows.image_pipeline import TASKS
+from workflows.mixtures import LOCATION_SHARES, OBJECTIVES, arm_mixture, mixture
 from workflows.steps import (
     CPU,
     DATA_CPU,
@@ -36,12 +37,9 @@ from workflows.steps import (
     Placement,
     Run,
 )
-from workflows.video_pipeline import INSTRUCT, OBJECTIVES, build_video_data
+from workflows.video_pipeline import INSTRUCT, build_video_data
 
 NAME = "locvlm-ablation"
-
-LOCATION_SHARES = {"loc_pred": 0.25, "neg_pred": 0.10, "rev_loc": 0.15}  # those of the tiny preset
-GENERIC_SHARES = {"caption": 0.20, "presence": 0.20, "left_right": 0.10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +58,8 @@ class Arm:
 
     @property
     def mixture(self) -> str:
-        """The override that gives stage 2 these objectives; shares that nobody has go to all others alike."""
-        shares = [("generic", objective, share) for objective, share in GENERIC_SHARES.items()]
-        shares += [("localize", objective, LOCATION_SHARES[objective]) for objective in self.objectives]
-        return f"stages.instruct.mixture={mixture(shares)}"
+        """The override that gives stage 2 these objectives."""
+        return arm_mixture(self.objectives)
 
     @property
     def labels(self) -> list[str]:
@@ -89,15 +85,9 @@ class VideoArm:
     @property
     def mixture(self) -> str:
         """The override that gives stage 3 these objectives beside VideoInstruct."""
-        shares = [("instructions", "", 0.5)]
+        shares = [("instructions", "", sum(LOCATION_SHARES.values()))]
         shares += [("activitynet", objective, LOCATION_SHARES[objective]) for objective in self.objectives]
         return f"stages.video.mixture={mixture(shares)}"
-
-
-def mixture(shares: Sequence[tuple[str, str, float]]) -> str:
-    """(source, objective, weight) as the value of a stage's `mixture`."""
-    entries = (f"{{source: {source}, objective: '{what}', weight: {share}}}" for source, what, share in shares)
-    return f"[{', '.join(entries)}]"
 
 
 FULL = Arm("full", "full model", ("2", "11-objectives", "11-data"))

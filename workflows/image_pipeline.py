@@ -16,6 +16,7 @@ from components.build_spatial import build_spatial
 from components.fetch_data import fetch_data
 from components.report import report
 from components.resolve_config import resolve_config
+from workflows.mixtures import arm_mixture
 from workflows.steps import (
     CPU,
     DATA_CPU,
@@ -31,14 +32,7 @@ from workflows.steps import (
 
 NAME = "locvlm-image"
 
-# The shares that the location objectives have in the LocVLM arm go to the generic ones, in about their proportion. The
-# forms that an evaluation asks (presence, left or right) are in both arms, so that neither has to guess a form.
-BASELINE = (
-    "stages.instruct.mixture=["
-    "{source: generic, objective: caption, weight: 0.5}, "
-    "{source: generic, objective: presence, weight: 0.4}, "
-    "{source: generic, objective: left_right, weight: 0.1}]"
-)
+BASELINE = arm_mixture(())  # the arm without location objectives
 
 # task -> what it asks about, below the run's folder
 TASKS = [

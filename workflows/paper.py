@@ -25,15 +25,12 @@ from locvlm.evaluation.score import read_metrics
 from locvlm.evaluation.verdicts import Contrast, Verdict, contrast, overall
 from locvlm.presets import preset
 from locvlm.records import atomic_write, read_json
-from locvlm.training.foundation import READING_STEPS, TOWER_STEPS, VOCABULARY
-from workflows.ablation_pipeline import ARMS, FULL, Arm, mixture
+from locvlm.training.foundation import READING_STEPS, TOWER_STEPS
+from workflows.ablation_pipeline import ARMS, FULL, Arm
+from workflows.mixtures import DOSE_SHARE, arm_mixture, mixture
 from workflows.provenance import run_name
 
 STEPS = 1500  # of stage 2
-# shares of its questions: mostly where things are, as in the paper, whose stage 2 is little else
-LOCATION_SHARES = {"loc_pred": 0.40, "neg_pred": 0.10, "rev_loc": 0.15}
-GENERIC_SHARES = {"caption": 0.05, "presence": 0.20}
-DOSE_SHARE = 0.10  # about sides
 N_TRAIN, N_TEST = 8000, 1000  # scenes
 SCENES_SEED, LESSON_SEED = 20240617, 20240618  # no other run of the project draws these
 QUESTIONS = 1000  # of a task
@@ -69,11 +66,7 @@ class Trained:
         """The override for stage 2: shares that add up to 1."""
         if self.shares:
             return f"stages.instruct.mixture={mixture(self.shares)}"
-        own = {objective: LOCATION_SHARES[objective] for objective in self.arm.objectives}
-        free = (sum(LOCATION_SHARES.values()) - sum(own.values())) / 2  # to captions and presence alike
-        shares = [("generic", name, round(share + free, 4)) for name, share in GENERIC_SHARES.items()]
-        shares.append(("generic", DOSE[self.axis], DOSE_SHARE))
-        return f"stages.instruct.mixture={mixture([*shares, *(('localize', *share) for share in own.items())])}"
+        return arm_mixture(self.arm.objectives, DOSE[self.axis])
 
     @property
     def tasks(self) -> dict[str, str]:
@@ -241,7 +234,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     if len(set(args.seeds)) < len(args.seeds):
         raise ConfigError(f"running the paper in miniature: a seed of --seeds {args.seeds} is given twice")
     overrides = [f"stages.instruct.steps={args.steps}", "cluster.num_workers=0"]
-    overrides += [f"model.language.vocab_size={VOCABULARY}", *args.overrides]
+    overrides += args.overrides
     config = preset("tiny", overrides)
     if config.model.foundation != "tiny":
         raise ConfigError(
@@ -381,12 +374,15 @@ def _tell(plan: Plan, n_done: int, n_before: int, began: float, news: str) -> No
 def page(plan: Plan) -> str:
     """The page: what was run, the gates, each claim with its verdict, the figures behind it, and all arms."""
     sections = [_head(plan), _gates(plan)]
-    rows = ["## Claims", "", "| | claim | paper's table | verdict |", "|---|---|---|---|"]
+    rows = ["## Claims", "", "| | claim | paper's table | verdict | of each figure |", "|---|---|---|---|---|"]
     details = []
     for claim in CLAIMS:
         found = [(words, _contrast(plan, *names)) for *names, words in claim.contrasts]
-        verdict = overall([_verdict(one) for _, one in found])
-        rows.append(f"| {claim.letter} | {claim.text} | {claim.tables} | **{verdict}**{_reason(claim)} |")
+        verdicts = [_verdict(one) for _, one in found]
+        each = "; ".join(f"{words}: {verdict}" for (words, _), verdict in zip(found, verdicts, strict=True))
+        rows.append(
+            f"| {claim.letter} | {claim.text} | {claim.tables} | **{overall(verdicts)}** | {each or claim.why_not} |"
+        )
         details += _details(claim, found)
     sections += ["\n".join(rows), "\n".join(details), _arms(plan)]
     return "\n\n".join(sections) + "\n"
@@ -407,8 +403,8 @@ place costs more tokens than a yes.
 
 A claim is *shown* when the 95 % interval of the difference over the seeds (Student's, a seed is one observation) lies
 above 0 in every figure named, and the better arm is above the floor, the best answer that never looks at the image;
-*contrary* when it lies below 0 in one of them; else *not shown*. Percent; the answers lie in
-`runs/*/predictions/<seed>/<arm>/`, and `locvlm score` computes every figure of an arm from them again."""
+*shown in part* when it does in some; *contrary* when it lies below 0 in one of them; else *not shown*. Percent; the
+answers lie in `runs/*/predictions/<seed>/<arm>/`, and `locvlm score` computes every figure of an arm from them again."""
 
 
 def _gates(plan: Plan) -> str:
@@ -440,6 +436,7 @@ def _gates_of_the_foundation(folder: Path) -> list[str]:
         ("foundation: the tower tells the row of what a patch shows (of 12)", "tower", "row"),
         ("foundation: presence in stated scenes, names held out", "reading", "presence"),
         ("foundation: left or right in stated scenes, names held out", "reading", "side"),
+        ("foundation: above or below in stated scenes, names held out", "reading", "height"),
         ("foundation: presence in the words of the evaluation", "reading", "presence_in_full"),
         ("foundation: left or right likewise", "reading", "side_in_full"),
     ]
@@ -505,10 +502,6 @@ def _values(plan: Plan, name: str, task: str, figure: str) -> list[float] | None
 
 def _verdict(found: Contrast | None) -> Verdict:
     return "not run" if found is None else found.verdict
-
-
-def _reason(claim: Claim) -> str:
-    return f" ({claim.why_not})" if claim.why_not else ""
 
 
 def _each(values: Sequence[float]) -> str:

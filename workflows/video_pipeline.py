@@ -35,7 +35,6 @@ from workflows.steps import (
 )
 
 NAME = "locvlm-video"
-OBJECTIVES = ("loc_pred", "neg_pred", "rev_loc")
 INSTRUCT = "instructions=video-instruct"  # source of the mixture = folder in <root>/data
 TASKS = ["presence=questions/hal-act"]
 # a video model answers other questions than the image gate asks about; ActivityNet-QA's may be set beside it

@@ -15,7 +15,7 @@ from locvlm.errors import DataError
 from locvlm.evaluation.comparison import Spread, spread_of
 from locvlm.evaluation.metrics import CONFIDENCE
 
-Verdict = Literal["shown", "not shown", "contrary", "not run"]
+Verdict = Literal["shown", "shown in part", "not shown", "contrary", "not run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +59,12 @@ def contrast(better: Sequence[float], other: Sequence[float], floor: float | Non
 
 
 def overall(verdicts: Sequence[Verdict]) -> Verdict:
-    """Of a claim with several figures: contrary if any is, shown if all are, else not shown."""
+    """Of a claim with several figures: contrary if any is, shown if all are, in part if some are, else not shown."""
     run = [verdict for verdict in verdicts if verdict != "not run"]
     if not run:
         return "not run"
     if "contrary" in run:
         return "contrary"
-    return "shown" if all(verdict == "shown" for verdict in verdicts) else "not shown"
+    if "shown" not in run:
+        return "not shown"
+    return "shown" if all(verdict == "shown" for verdict in verdicts) else "shown in part"

@@ -31,14 +31,17 @@ _RATE, _WARM_UP, _END = 1.2e-3, 200, 0.1
 _CLIP = 1.0
 
 # kinds of question -> weight, in the parts of the lesson; `pairs` is a row of its own
-_SHORT = {"where": 0.25, "presence": 0.2, "steps": 0.1, "side": 0.35, "height": 0.1}
+_SHORT = {"where": 0.2, "presence": 0.2, "steps": 0.1, "side": 0.25, "height": 0.25}
 _PARTS: tuple[tuple[float, float, dict[str, float]], ...] = (  # (until this share of the steps, share of pairs, kinds)
     (0.11, 1.0, {}),
     (0.3, 0.3, {"where": 0.45, "presence": 0.3, "steps": 0.25}),
     (0.5, 0.25, _SHORT),
     (1.0, 0.1, _SHORT),
 )
+_VERTICAL_SHARE = 0.3  # of the side questions in the project's words, which are the same for both axes
 _REDRAWN = (0.5, 0.95)  # shares of the steps between which names are drawn anew
+# what may stand between a name and whether it is there: little by little the end of the project's question
+_ENDS = ("", "", "", " in", " in image", " in image?", f" in image? {prompts.ASSISTANT}")
 
 
 @dataclass(slots=True)
@@ -59,6 +62,7 @@ class ReadingFigures:
 
     presence: float
     side: float
+    height: float
     presence_in_full: float
     side_in_full: float
 
@@ -128,7 +132,7 @@ def _ask_short(scene: _Scene, writer: _Writer, kind: str) -> None:
     rng = scene.rng
     if kind == "presence":
         is_there = rng.random() < 0.5
-        writer.ask(f" is {rng.choice(scene.names) if is_there else scene.absent}")
+        writer.ask(f" is {rng.choice(scene.names) if is_there else scene.absent}{rng.choice(_ENDS)}")
         word = " yes" if is_there else " no"
         writer.say(word, kind, word)
         return
@@ -152,7 +156,8 @@ def chat_row(names: Sequence[str], rng: random.Random) -> Row:
     for number in range(4):
         if number:
             writer.ask(f"{prompts.USER} ")
-        found = scene.pair(0) if rng.random() < 0.6 else None
+        axis = int(rng.random() < _VERTICAL_SHARE)
+        found = scene.pair(axis) if rng.random() < 0.6 else None
         if found is None:
             is_there = rng.random() < 0.5
             name = rng.choice(scene.names) if is_there else scene.absent
@@ -161,7 +166,8 @@ def chat_row(names: Sequence[str], rng: random.Random) -> Row:
         else:
             first, second, side = found
             question = prompts.spatial_direct_question(first, second)
-            answer, kind, word = prompts.spatial_answer(second, side, first), "side_in_full", f" {side}"
+            kind = ("side_in_full", "height_in_full")[axis]
+            answer, word = prompts.spatial_answer(second, side, first), f" {side}"
         writer.ask(f"{question} {prompts.ASSISTANT}")
         writer.say(f" {answer}{prompts.STOP}", kind, word)
     return writer.row
@@ -236,7 +242,7 @@ def measure(model: LocVLM, encoder: TextEncoder, names: Sequence[str], seed: int
     """What it answers about `n` rows of each form."""
     rng = random.Random(f"{seed}/reading/measure")
     texts = [chat_row(names, rng) for _ in range(n)] + [
-        short_row(names, rng, {"side": 1.0, "presence": 1.0}) for _ in range(n)
+        short_row(names, rng, {"side": 1.0, "height": 1.0, "presence": 1.0}) for _ in range(n)
     ]
     ids, labels = _batch(encoder, texts, [row.words for row in texts])
     said = _logits(model, ids).argmax(-1)

@@ -141,8 +141,12 @@ def test_the_arms_are_the_rows_of_the_papers_tables() -> None:
     assert objectives["loc-neg"] == ["loc_pred", "neg_pred"]
     assert all(objectives[name] == objectives["full"] for name in ("nfp", "diga", "point", "names"))
     assert configs["names"] == full
-    generic = [entry for entry in full.stages.instruct.mixture if entry.source == "generic"]
-    assert all(config.stages.instruct.mixture[: len(generic)] == tuple(generic) for config in configs.values())
+    assert full.stages.instruct.mixture == preset("tiny").stages.instruct.mixture
+    for config in configs.values():
+        shares = {entry.objective: entry.weight for entry in config.stages.instruct.mixture}
+        assert sum(shares.values()) == pytest.approx(1)
+        assert shares["left_right"] == 0.1
+        assert shares["presence"] - shares["caption"] == pytest.approx(0.15)
 
 
 def test_the_video_arms_differ_in_their_objectives_alone() -> None:

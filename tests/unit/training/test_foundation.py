@@ -36,7 +36,7 @@ def test_the_verb_leaves_a_model_with_its_recipe(scenes: Path, tmp_path: Path) -
     assert main([*arguments(scenes), "--output", str(output)]) == 0
     recipe = json.loads((output / "recipe.json").read_text())
     assert set(recipe["figures"]["tower"]) == {"category", "ground", "column", "row"}
-    assert set(recipe["figures"]["reading"]) == {"presence", "side", "presence_in_full", "side_in_full"}
+    assert set(recipe["figures"]["reading"]) == {"presence", "side", "height", "presence_in_full", "side_in_full"}
     loaded = load(output)
     assert loaded.config.model.language.vocab_size == foundation.VOCABULARY
     names = recipe["held_out_names"]

@@ -47,7 +47,9 @@ def test_short_answers_follow_from_the_stated_scene(seed: int) -> None:
     for name, x, y in re.findall(r" where (\w+) (\d+) (\d+)", questions):
         assert at[name] == (int(x), int(y))
     assert not at.keys() & set(re.findall(r" where (\w+) none", questions))
-    for name, answer in re.findall(r" is (\w+) (yes|no)", questions):
+    there = re.findall(r" is (\w+)(?: in(?: image(?:\?(?: ASSISTANT:)?)?)?)? (yes|no)", questions)
+    assert len(there) == row.kinds.count("presence")
+    for name, answer in there:
         assert (name in at) is (answer == "yes")
     for first, second, word in re.findall(r" side (\w+) (\w+) (\w+)", questions):
         assert word == side(at[first], at[second], 0)
@@ -64,12 +66,15 @@ def test_chat_answers_are_the_projects_own_and_true(seed: int) -> None:
     row = reading.chat_row(NAMES, random.Random(seed))
     at = places(row)
     sides = re.findall(
-        r"Which side of (\w+) is (\w+) located\? ASSISTANT: The (\w+) is located to the (\w+) of (\w+)\.", row.text
+        r"Which side of (\w+) is (\w+) located\? ASSISTANT: "
+        r"The (\w+) is located (?:to the )?(left|right|above|below) (?:of )?(\w+)\.",
+        row.text,
     )
     there = re.findall(r"Is there (\w+) in image\? ASSISTANT: (Yes|No)", row.text)
     assert len(sides) + len(there) == 4
     for first, second, subject, word, other in sides:
-        assert (subject, other, word) == (second, first, side(at[first], at[second], 0))
+        assert (subject, other) == (second, first)
+        assert word == side(at[first], at[second], int(word in ("above", "below")))
     for name, answer in there:
         assert (name in at) is (answer == "Yes")
     assert [row.text[begin:end].strip() for begin, end in row.words if row.text[begin:end].strip() not in ("Yes", "No")]
@@ -98,6 +103,7 @@ def test_the_lesson_begins_with_pairs_and_ends_with_everything() -> None:
         "height",
         "presence_in_full",
         "side_in_full",
+        "height_in_full",
         "caption",
     }
     assert [row.text for row in lesson[7]] == [row.text for row in list(reading.rows(NAMES, 0, 40, 8))[7]]
@@ -129,7 +135,7 @@ def test_a_perfect_reader_scores_1_and_a_constant_one_half(
         return torch.nn.functional.one_hot(ids.roll(-1, dims=1), 1024)
 
     monkeypatch.setattr(reading, "_logits", perfect)
-    assert reading.measure(model, encoder, NAMES, 0) == reading.ReadingFigures(1.0, 1.0, 1.0, 1.0)
+    assert reading.measure(model, encoder, NAMES, 0) == reading.ReadingFigures(1.0, 1.0, 1.0, 1.0, 1.0)
     left, yes = (encoder.encode([word])[0].ids[1] for word in (" left", " Yes"))
 
     def constant(_: LocVLM, ids: torch.Tensor) -> torch.Tensor:

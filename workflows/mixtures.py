@@ -1,0 +1,29 @@
+"""What stage 2 is made of in the project's own comparisons: the shares of its questions, the same for every pipeline.
+
+Mostly where things are, as in the paper, whose stage 2 is little else. Questions about sides have the same small share
+in every arm, so that no arm has to guess their form; the share of an objective that an arm lacks goes to captions and
+presence questions alike.
+"""
+
+from collections.abc import Sequence
+
+LOCATION_SHARES = {"loc_pred": 0.40, "neg_pred": 0.10, "rev_loc": 0.15}  # with the next two: the tiny preset's
+GENERIC_SHARES = {"caption": 0.05, "presence": 0.20}
+DOSE_SHARE = 0.10  # about sides
+OBJECTIVES = tuple(LOCATION_SHARES)
+
+
+def arm_mixture(objectives: Sequence[str], dose: str = "left_right") -> str:
+    """The override for stage 2 of an arm with these location objectives; shares add up to 1."""
+    own = {objective: LOCATION_SHARES[objective] for objective in objectives}
+    free = (sum(LOCATION_SHARES.values()) - sum(own.values())) / 2
+    shares = [("generic", name, round(share + free, 4)) for name, share in GENERIC_SHARES.items()]
+    shares.append(("generic", dose, DOSE_SHARE))
+    shares += [("localize", *share) for share in own.items()]
+    return f"stages.instruct.mixture={mixture(shares)}"
+
+
+def mixture(shares: Sequence[tuple[str, str, float]]) -> str:
+    """(source, objective, weight) as the value of a stage's `mixture`."""
+    entries = (f"{{source: {source}, objective: '{what}', weight: {share}}}" for source, what, share in shares)
+    return f"[{', '.join(entries)}]"
