@@ -404,7 +404,7 @@ place costs more tokens than a yes.
 A claim is *shown* when the 95 % interval of the difference over the seeds (Student's, a seed is one observation) lies
 above 0 in every figure named, and the better arm is above the floor, the best answer that never looks at the image;
 *shown in part* when it does in some; *contrary* when it lies below 0 in one of them; else *not shown*. Percent; the
-answers lie in `runs/*/predictions/<seed>/<arm>/`, and `locvlm score` computes every figure of an arm from them again."""
+answers lie in `runs/*/predictions/<seed>/<arm>/`; `locvlm score` computes every figure of an arm from them again."""
 
 
 def _gates(plan: Plan) -> str:
