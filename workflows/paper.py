@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -30,7 +31,7 @@ from workflows.ablation_pipeline import ARMS, FULL, Arm
 from workflows.mixtures import DOSE_SHARE, arm_mixture, mixture
 from workflows.provenance import run_name
 
-STEPS = 1500  # of stage 2
+STEPS = 1000  # of stage 2
 N_TRAIN, N_TEST = 8000, 1000  # scenes
 SCENES_SEED, LESSON_SEED = 20240617, 20240618  # no other run of the project draws these
 QUESTIONS = 1000  # of a task
@@ -193,7 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(plan)
         with atomic_write(args.output) as file:
             file.write(page(plan))
-        print(f"wrote {args.output}", flush=True)
+        answers = args.output.with_suffix(".answers.tar.xz")
+        _pack(plan, answers)
+        print(f"wrote {args.output} and {answers}", flush=True)
     except LocVLMError as error:
         print(f"\n{error}\n\nfinished steps are kept: mend this and run `make paper` again", file=sys.stderr)
         return error.exit_code
@@ -371,6 +374,20 @@ def _tell(plan: Plan, n_done: int, n_before: int, began: float, news: str) -> No
     print(f"[{n_done}/{total}] {news or 'runs are finished'}{left}", flush=True)
 
 
+def _pack(plan: Plan, output: Path) -> None:
+    """The answers and figures of all finished arms as one file, the same bytes for the same answers."""
+
+    def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.uid = member.gid = member.mtime = 0
+        member.uname = member.gname = ""
+        return member
+
+    with atomic_write(output, "wb") as file, tarfile.open(fileobj=file, mode="w:xz") as archive:
+        for path in sorted((plan.root / "predictions").rglob("*")):
+            if path.is_file():
+                archive.add(path, path.relative_to(plan.root), filter=plain)
+
+
 def page(plan: Plan) -> str:
     """The page: what was run, the gates, each claim with its verdict, the figures behind it, and all arms."""
     sections = [_head(plan), _gates(plan)]
@@ -404,7 +421,8 @@ place costs more tokens than a yes.
 A claim is *shown* when the 95 % interval of the difference over the seeds (Student's, a seed is one observation) lies
 above 0 in every figure named, and the better arm is above the floor, the best answer that never looks at the image;
 *shown in part* when it does in some; *contrary* when it lies below 0 in one of them; else *not shown*. Percent; the
-answers lie in `runs/*/predictions/<seed>/<arm>/`; `locvlm score` computes every figure of an arm from them again."""
+answers lie in `runs/*/predictions/<seed>/<arm>/`, and packed beside this page; `locvlm score` computes every figure of
+an arm from them again."""
 
 
 def _gates(plan: Plan) -> str:

@@ -31,17 +31,26 @@ _RATE, _WARM_UP, _END = 1.2e-3, 200, 0.1
 _CLIP = 1.0
 
 # kinds of question -> weight, in the parts of the lesson; `pairs` is a row of its own
-_SHORT = {"where": 0.2, "presence": 0.2, "steps": 0.1, "side": 0.25, "height": 0.25}
+_SHORT = {"where": 0.2, "presence": 0.25, "steps": 0.1, "side": 0.4, "height": 0.05}
 _PARTS: tuple[tuple[float, float, dict[str, float]], ...] = (  # (until this share of the steps, share of pairs, kinds)
     (0.11, 1.0, {}),
     (0.3, 0.3, {"where": 0.45, "presence": 0.3, "steps": 0.25}),
     (0.5, 0.25, _SHORT),
     (1.0, 0.1, _SHORT),
 )
-_VERTICAL_SHARE = 0.3  # of the side questions in the project's words, which are the same for both axes
 _REDRAWN = (0.5, 0.95)  # shares of the steps between which names are drawn anew
-# what may stand between a name and whether it is there: little by little the end of the project's question
+# Little by little the short questions become the project's: what may stand between a name and whether it is there, and
+# around two names and the side.
 _ENDS = ("", "", "", " in", " in image", " in image?", f" in image? {prompts.ASSISTANT}")
+_SIDES = (
+    " side {0} {1}",
+    " side {0} {1}",
+    " side {0} {1}",
+    " side of {0} is {1}",
+    " side of {0} is {1} located?",
+    f" side of {{0}} is {{1}} located? {prompts.ASSISTANT} The {{1}}",
+    f" Which side of {{0}} is {{1}} located? {prompts.ASSISTANT} The {{1}} is located to the",
+)
 
 
 @dataclass(slots=True)
@@ -144,7 +153,8 @@ def _ask_short(scene: _Scene, writer: _Writer, kind: str) -> None:
         writer.say(f" {x} {y}".rstrip(), "where", f" {x}")
         return
     first, second, word = found
-    writer.ask(f" {kind} {first} {second}" + "?" * (kind == "steps"))
+    forms = {"steps": " steps {0} {1}?", "height": " height {0} {1}", "side": rng.choice(_SIDES)}
+    writer.ask(forms[kind].format(first, second))
     worked_out = f" {first} {scene.places[first][0]} {second} {scene.places[second][0]}" if kind == "steps" else ""
     writer.say(f"{worked_out} {word}", kind, f" {word}")
 
@@ -156,8 +166,7 @@ def chat_row(names: Sequence[str], rng: random.Random) -> Row:
     for number in range(4):
         if number:
             writer.ask(f"{prompts.USER} ")
-        axis = int(rng.random() < _VERTICAL_SHARE)
-        found = scene.pair(axis) if rng.random() < 0.6 else None
+        found = scene.pair(0) if rng.random() < 0.6 else None
         if found is None:
             is_there = rng.random() < 0.5
             name = rng.choice(scene.names) if is_there else scene.absent
@@ -166,8 +175,7 @@ def chat_row(names: Sequence[str], rng: random.Random) -> Row:
         else:
             first, second, side = found
             question = prompts.spatial_direct_question(first, second)
-            kind = ("side_in_full", "height_in_full")[axis]
-            answer, word = prompts.spatial_answer(second, side, first), f" {side}"
+            answer, kind, word = prompts.spatial_answer(second, side, first), "side_in_full", f" {side}"
         writer.ask(f"{question} {prompts.ASSISTANT}")
         writer.say(f" {answer}{prompts.STOP}", kind, word)
     return writer.row

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,12 @@ def test_the_page_has_each_claim_with_a_verdict(run: Path) -> None:
 
 
 @pytest.mark.timeout(280)
-def test_score_computes_the_figures_from_the_answers_again(run: Path) -> None:
+def test_score_computes_the_figures_from_the_packed_answers_again(run: Path) -> None:
     (root,) = (run / "runs").iterdir()
-    kept = root / "predictions" / "0" / "none"
+    with tarfile.open(run / "miniature.answers.tar.xz") as archive:
+        archive.extractall(run / "unpacked", filter="data")
+    kept = run / "unpacked" / "predictions" / "0" / "none"
+    assert {path.name.split(".")[0] for path in kept.iterdir()} == {*paper.TASKS}
     argv = ["score", "--task", "presence", "--data", str(root / "questions" / "presence")]
     argv += ["--predictions", str(kept / "presence.jsonl"), "--output", str(run / "again.json")]
     subprocess.run([sys.executable, "-m", "locvlm", *argv], check=True, capture_output=True)
