@@ -15,10 +15,10 @@ PRESET ?= tiny
 DEMO_ARGS := --preset $(PRESET) $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)") $(foreach s,$(SET),--set $(s))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo paper test check format data ui submit schedule bench gpu-check clean
+.PHONY: help setup demo paper foundation test check format data ui submit schedule bench gpu-check clean
 
 help: ## list the verbs
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## install everything into .venv (demo, test and the others do it by themselves)
 
@@ -35,6 +35,12 @@ demo: setup $(if $(DATA),,data) ## run the whole pipeline on this machine: data,
 
 paper: setup ## the paper's claims on drawn scenes, several seeds, into docs/results/miniature.md (hours; goes on where it stopped; ARGS)
 	@$(BIN)/python -m workflows.paper $(ARGS)
+
+LESSONS := runs/lessons
+foundation: setup ## make the tiny foundation that the package ships again, from scratch, in runs/foundation (half an hour)
+	@$(BIN)/locvlm data scenes --output $(LESSONS) --seed 20240618 --n-train 8000 --n-test 1000 --shards
+	@$(BIN)/locvlm foundation --annotations $(LESSONS)/instances_train.json --held-out $(LESSONS)/instances_test.json \
+	  --images $(LESSONS)/images --output runs/foundation
 
 test: setup ## run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
