@@ -375,7 +375,8 @@ def _tell(plan: Plan, n_done: int, n_before: int, began: float, news: str) -> No
 
 
 def _pack(plan: Plan, output: Path) -> None:
-    """The answers and figures of all finished arms as one file, the same bytes for the same answers."""
+    """The answers of all arms as one file, the same bytes for the same answers. Figures are left out: `locvlm score`
+    gives them again, and they name folders of this machine."""
 
     def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uid = member.gid = member.mtime = 0
@@ -383,9 +384,8 @@ def _pack(plan: Plan, output: Path) -> None:
         return member
 
     with atomic_write(output, "wb") as file, tarfile.open(fileobj=file, mode="w:xz") as archive:
-        for path in sorted((plan.root / "predictions").rglob("*")):
-            if path.is_file():
-                archive.add(path, path.relative_to(plan.root), filter=plain)
+        for path in sorted((plan.root / "predictions").rglob("*.jsonl")):
+            archive.add(path, path.relative_to(plan.root), filter=plain)
 
 
 def page(plan: Plan) -> str:

@@ -58,7 +58,7 @@ def test_score_computes_the_figures_from_the_packed_answers_again(run: Path) -> 
     with tarfile.open(run / "miniature.answers.tar.xz") as archive:
         archive.extractall(run / "unpacked", filter="data")
     kept = run / "unpacked" / "predictions" / "0" / "none"
-    assert {path.name.split(".")[0] for path in kept.iterdir()} == {*paper.TASKS}
+    assert {path.name for path in kept.iterdir()} == {f"{task}.jsonl" for task in paper.TASKS}
     argv = ["score", "--task", "presence", "--data", str(root / "questions" / "presence")]
     argv += ["--predictions", str(kept / "presence.jsonl"), "--output", str(run / "again.json")]
     subprocess.run([sys.executable, "-m", "locvlm", *argv], check=True, capture_output=True)
