@@ -62,7 +62,8 @@ def test_score_computes_the_figures_from_the_packed_answers_again(run: Path) -> 
     argv = ["score", "--task", "presence", "--data", str(root / "questions" / "presence")]
     argv += ["--predictions", str(kept / "presence.jsonl"), "--output", str(run / "again.json")]
     subprocess.run([sys.executable, "-m", "locvlm", *argv], check=True, capture_output=True)
-    assert _figures(run / "again.json") == _figures(kept / "presence.metrics.json")
+    scored = root / "predictions" / "0" / "none" / "presence.metrics.json"
+    assert _figures(run / "again.json") == _figures(scored)
 
 
 def test_arms_differ_in_the_location_objectives_alone() -> None:
