@@ -35,8 +35,8 @@ CPU = torch.device("cpu")
 # a learning rate that spoils the model: the first look, at step 3, is the best
 SPOILING = (
     "cluster.keep_best=loss",
-    "stages.instruct.learning_rate=0.2",
-    "stages.instruct.warmup_ratio=0.5",
+    "stages.instruct.learning_rate=1.0",
+    "stages.instruct.warmup_ratio=0.9",
     "stages.instruct.schedule=linear",
 )
 
