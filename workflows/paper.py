@@ -26,7 +26,7 @@ from locvlm.evaluation.score import read_metrics
 from locvlm.evaluation.verdicts import Contrast, Verdict, contrast, overall
 from locvlm.presets import preset
 from locvlm.records import atomic_write, read_json
-from locvlm.training.foundation import READING_STEPS, TOWER_STEPS
+from locvlm.training.foundation import READING_STEPS, SOFT_STEPS, TOWER_STEPS
 from workflows.ablation_pipeline import ARMS, FULL, Arm
 from workflows.mixtures import DOSE_SHARE, arm_mixture, mixture
 from workflows.provenance import run_name
@@ -176,7 +176,7 @@ class Plan:
     seeds: list[int]
     arms: list[Trained]
     scenes: Sequence[int]  # to train on, to ask about
-    lessons: Sequence[int]  # steps of the foundation's tower and reading
+    lessons: Sequence[int]  # steps of the foundation's tower, reading and soft tokens
     jobs: int
 
     def metrics(self, arm: str, seed: int, task: str) -> Path:
@@ -218,10 +218,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--lessons",
         type=int,
-        nargs=2,
-        default=(TOWER_STEPS, READING_STEPS),
-        metavar=("TOWER", "READING"),
-        help="steps of the two lessons of the foundation (default: %(default)s)",
+        nargs=3,
+        default=(TOWER_STEPS, READING_STEPS, SOFT_STEPS),
+        metavar=("TOWER", "READING", "SOFT"),
+        help="steps of the three lessons of the foundation (default: %(default)s)",
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
@@ -286,6 +286,7 @@ def _data_steps(plan: Plan) -> Iterator[tuple[str, list[str], Path]]:
     learning = ["--annotations", str(lessons / "instances_train.json"), "--images", str(lessons / "images")]
     learning += ["--held-out", str(lessons / "instances_test.json")]
     learning += ["--tower-steps", str(plan.lessons[0]), "--reading-steps", str(plan.lessons[1])]
+    learning += ["--soft-steps", str(plan.lessons[2])]
     settings = [part for override in plan.overrides for part in ("--set", override)]
     yield "foundation", ["foundation", *learning, *settings], plan.root / "foundation"
     train, test = (["--annotations", str(scenes / f"instances_{split}.json")] for split in ("train", "test"))
@@ -457,6 +458,9 @@ def _gates_of_the_foundation(folder: Path) -> list[str]:
         ("foundation: above or below in stated scenes, names held out", "reading", "height"),
         ("foundation: presence in the words of the evaluation", "reading", "presence_in_full"),
         ("foundation: left or right likewise", "reading", "side_in_full"),
+        ("foundation: presence in scenes of soft tokens, in the words of the evaluation", "soft", "presence_in_full"),
+        ("foundation: left or right likewise", "soft", "side_in_full"),
+        ("foundation: the column of a name in them, asked and answered in any words", "soft", "told"),
     ]
     rows = []
     for words, lesson, name in gates:

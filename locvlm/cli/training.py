@@ -59,7 +59,8 @@ def add_verbs(verbs: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tower-steps", type=int, help="of the vision tower's lesson")
-    parser.add_argument("--reading-steps", type=int, help="of the language model's lesson")
+    parser.add_argument("--reading-steps", type=int, help="of the language model's first lesson")
+    parser.add_argument("--soft-steps", type=int, help="of its second, with scenes in soft tokens")
     parser.set_defaults(run=_foundation)
 
 
@@ -170,10 +171,10 @@ def _told(prefix: str, point: dict[str, float]) -> str:
 
 
 def _foundation(args: argparse.Namespace) -> None:
-    from locvlm.training.foundation import READING_STEPS, TOWER_STEPS, train_foundation
+    from locvlm.training.foundation import READING_STEPS, SOFT_STEPS, TOWER_STEPS, train_foundation
 
     config = read_config(args, default="tiny")
-    given = ((args.tower_steps, TOWER_STEPS), (args.reading_steps, READING_STEPS))
+    given = ((args.tower_steps, TOWER_STEPS), (args.reading_steps, READING_STEPS), (args.soft_steps, SOFT_STEPS))
     steps = [usual if wanted is None else wanted for wanted, usual in given]
     train_foundation(config, args.annotations, args.held_out, args.images, args.output, *steps)
 

@@ -1,8 +1,8 @@
 """The tiny foundation: the stand-in for CLIP and LLaMA that the tiny preset starts from.
 
 A vision tower that sees what stands in which column and row (`tower`), and a language model that looks names up in
-scenes stated in words and compares their places (`reading`). Each has its own lesson, from scratch; they have never
-met, as CLIP and LLaMA have not. Stage 1 puts a fresh adapter between them.
+scenes stated in words, then in soft tokens, and compares their places (`reading`). Each has its own lessons, from
+scratch; they have never met, as CLIP and LLaMA have not. Stage 1 puts a fresh adapter between them.
 """
 
 import json
@@ -31,7 +31,7 @@ from locvlm.training import reading, tower
 
 log = logging.getLogger(__name__)
 
-TOWER_STEPS, READING_STEPS = 2000, 4000
+TOWER_STEPS, READING_STEPS, SOFT_STEPS = 2000, 4000, 2400
 VOCABULARY = 2048  # what `model.language.vocab_size` has to be at least
 N_HELD_OUT_NAMES = 24
 
@@ -65,13 +65,15 @@ def train_foundation(
     output: Path,
     tower_steps: int = TOWER_STEPS,
     reading_steps: int = READING_STEPS,
+    soft_steps: int = SOFT_STEPS,
 ) -> Path:
     """Train and save the foundation under `output`; returns the folder. `annotations`, `held_out`: COCO instances of
     drawn scenes under `images`, to learn from and to measure the tower on. A finished lesson is kept beside `output`
-    until both are. Raises ConfigError for a lesson without steps and for a vocabulary that is too small."""
-    if min(tower_steps, reading_steps) < 1:
+    until all are. Raises ConfigError for a lesson without steps and for a vocabulary that is too small."""
+    if min(tower_steps, reading_steps, soft_steps) < 1:
         raise ConfigError(
-            f"making the foundation: lessons of {tower_steps} and {reading_steps} steps; each needs at least 1"
+            f"making the foundation: lessons of {tower_steps}, {reading_steps} and {soft_steps} steps; each needs at "
+            "least 1"
         )
     lessons = read_instances(annotations)
     taught, others = _names(lessons, config.seed)
@@ -81,10 +83,11 @@ def train_foundation(
             f"making the foundation: its words are {len(tokenizer)} tokens, model.language.vocab_size is "
             f"{config.model.language.vocab_size}; add --set model.language.vocab_size={VOCABULARY}"
         )
+    spoken = _plain_words(tokenizer, {*taught, *others})
     encoder = TextEncoder(tokenizer, config.model.vision.n_tokens)
     model = fresh(config, encoder, config.seed)
 
-    def see() -> dict[str, float]:
+    def see() -> dict[str, Any]:
         source, geometry = open_images(images), make_geometry(config.geometry)
         patch = config.model.vision.patch_size
         lesson, asked = (
@@ -92,24 +95,26 @@ def train_foundation(
         )
         return asdict(tower.teach(model, lesson, asked, len(lessons.categories), tower_steps, config.seed))
 
-    def read() -> dict[str, float]:
+    def read() -> dict[str, Any]:
         return asdict(reading.teach(model, encoder, taught, others, reading_steps, config.seed))
 
+    def read_soft() -> dict[str, Any]:
+        words, soft = reading.teach_soft(
+            model, encoder, taught, lessons.categories, spoken, others, soft_steps, config.seed
+        )
+        return {"reading": asdict(words), "soft": asdict(soft)}
+
     parts = output.with_name(f".{output.name}.lessons")
-    figures = {
-        "tower": _once(parts / f"tower-{tower_steps}-{config.seed}", model.model.vision_tower, see),
-        "reading": _once(
-            parts / f"reading-{reading_steps}-{config.seed}",
-            torch.nn.ModuleList([model.model.language_model, model.lm_head]),
-            read,
-        ),
-    }
+    speech = torch.nn.ModuleList([model.model.language_model, model.lm_head])
+    seen = _once(parts / f"tower-{tower_steps}-{config.seed}", model.model.vision_tower, see)
+    _once(parts / f"reading-{reading_steps}-{config.seed}", speech, read)
+    read_at_last = _once(parts / f"soft-{reading_steps}-{soft_steps}-{config.seed}", speech, read_soft)
     recipe = {
         "verb": "locvlm foundation",
-        "steps": {"tower": tower_steps, "reading": reading_steps},
+        "steps": {"tower": tower_steps, "reading": reading_steps, "soft": soft_steps},
         "seed": config.seed,
         "held_out_names": others,
-        "figures": figures,
+        "figures": {"tower": seen, **read_at_last},
     }
     text = json.dumps(recipe, indent=1) + "\n"
     save(
@@ -127,7 +132,7 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _once(stem: Path, part: torch.nn.Module, lesson: Callable[[], dict[str, float]]) -> dict[str, Any]:
+def _once(stem: Path, part: torch.nn.Module, lesson: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Figures of a lesson of `part`, which is not given again when its weights lie there."""
     figures, weights = stem.with_suffix(".json"), stem.with_suffix(".pt")
     if figures.is_file():
@@ -152,6 +157,12 @@ def _tokenizer(instances: Instances) -> PreTrainedTokenizerFast:
     corpus = [COCO_NAMES, *instances.categories, *_project_sentences()]
     whole = re.findall(r"\([a-z0-9,]+\)", " ".join(corpus))
     return word_tokenizer(corpus, [*whole, *MADE_UP, *map(str, range(reading.COLUMNS))], n_numbers=100)
+
+
+def _plain_words(tokenizer: PreTrainedTokenizerFast, names: set[str]) -> list[str]:
+    """The words of the project's sentences that are one token and no name, each once."""
+    words = sorted(set(re.findall(r"[A-Za-z]+", " ".join(_project_sentences()))) - names)
+    return [word for word in words if len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1]
 
 
 def _project_sentences() -> list[str]:

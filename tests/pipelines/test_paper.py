@@ -15,7 +15,7 @@ from workflows import paper
 pytestmark = pytest.mark.slow
 
 ARGUMENTS = ["--seeds", "0", "--arms", "full", "none", "--steps", "2", "--scenes", "24", "6", "--jobs", "1"]
-ARGUMENTS += ["--lessons", "2", "8", "--set", "stages.align.steps=2", "--set", "evaluation.max_new_tokens=8"]
+ARGUMENTS += ["--lessons", "2", "8", "2", "--set", "stages.align.steps=2", "--set", "evaluation.max_new_tokens=8"]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,9 @@ def test_arms_differ_in_the_location_objectives_alone() -> None:
     assert named <= by_name.keys()
 
 
-@pytest.mark.parametrize("wrong", [["--jobs", "0"], ["--steps", "0"], ["--scenes", "0", "1"], ["--lessons", "1", "0"]])
+@pytest.mark.parametrize(
+    "wrong", [["--jobs", "0"], ["--steps", "0"], ["--scenes", "0", "1"], ["--lessons", "1", "0", "1"]]
+)
 def test_a_size_of_nothing_is_refused(tmp_path: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert paper.main(["--runs", str(tmp_path), *wrong]) == 2
     assert "must be at least 1" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """`locvlm foundation` at a few steps: what it leaves, and that a finished lesson is not given twice."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(scenes: Path) -> list[str]:
     argv = ["foundation", "--annotations", str(scenes / "instances_train.json"), "--images", str(scenes / "images")]
-    argv += ["--held-out", str(scenes / "instances_test.json"), "--tower-steps", "2", "--reading-steps", "8"]
+    argv += ["--held-out", str(scenes / "instances_test.json")]
+    argv += ["--tower-steps", "2", "--reading-steps", "8", "--soft-steps", "4"]
     for setting in (*SMALL, f"model.language.vocab_size={foundation.VOCABULARY}"):
         argv += ["--set", setting]
     return argv
@@ -36,7 +38,8 @@ def test_the_verb_leaves_a_model_with_its_recipe(scenes: Path, tmp_path: Path) -
     assert main([*arguments(scenes), "--output", str(output)]) == 0
     recipe = json.loads((output / "recipe.json").read_text())
     assert set(recipe["figures"]["tower"]) == {"category", "ground", "column", "row"}
-    assert set(recipe["figures"]["reading"]) == {"presence", "side", "height", "presence_in_full", "side_in_full"}
+    for lesson in ("reading", "soft"):
+        assert set(recipe["figures"][lesson]) == {field.name for field in fields(reading.ReadingFigures)}
     loaded = load(output)
     assert loaded.config.model.language.vocab_size == foundation.VOCABULARY
     names = recipe["held_out_names"]
@@ -55,15 +58,16 @@ def test_a_lesson_that_is_finished_is_not_given_again(
 
     config = preset("tiny", [*SMALL, f"model.language.vocab_size={foundation.VOCABULARY}"])
     files = [scenes / "instances_train.json", scenes / "instances_test.json", scenes / "images"]
-    straight = foundation.train_foundation(config, *files, tmp_path / "straight", 2, 8)
+    straight = foundation.train_foundation(config, *files, tmp_path / "straight", 2, 8, 4)
     with monkeypatch.context() as patched:
-        patched.setattr(reading, "teach", stopped)
+        patched.setattr(reading, "teach_soft", stopped)
         with pytest.raises(KeyboardInterrupt):
-            foundation.train_foundation(config, *files, tmp_path / "resumed", 2, 8)
+            foundation.train_foundation(config, *files, tmp_path / "resumed", 2, 8, 4)
     assert not (tmp_path / "resumed").exists()
     with monkeypatch.context() as patched:
         patched.setattr(foundation.tower, "teach", stopped)
-        resumed = foundation.train_foundation(config, *files, tmp_path / "resumed", 2, 8)
+        patched.setattr(reading, "teach", stopped)
+        resumed = foundation.train_foundation(config, *files, tmp_path / "resumed", 2, 8, 4)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (resumed, straight))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -72,7 +76,7 @@ def test_a_lesson_without_steps_is_refused(scenes: Path, tmp_path: Path, capsys:
     argv = arguments(scenes)
     argv[argv.index("--tower-steps") + 1] = "0"
     assert main([*argv, "--output", str(tmp_path / "foundation")]) == 2
-    assert "lessons of 0 and 8 steps; each needs at least 1" in capsys.readouterr().err
+    assert "lessons of 0, 8 and 4 steps; each needs at least 1" in capsys.readouterr().err
 
 
 def test_a_vocabulary_that_is_too_small_is_told(scenes: Path, tmp_path: Path) -> None:

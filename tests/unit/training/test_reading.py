@@ -14,6 +14,7 @@ from locvlm.presets import preset
 from locvlm.training import reading
 from tests.tiny import SMALL
 
+WORDS = ["the", "of", "located", "in"]
 NAMES = ["apple", "bell", "coin", "drum", "fox", "goose", "harp"]
 KINDS = {"where": 1.0, "presence": 1.0, "steps": 1.0, "side": 1.0, "height": 1.0}
 
@@ -21,7 +22,7 @@ KINDS = {"where": 1.0, "presence": 1.0, "steps": 1.0, "side": 1.0, "height": 1.0
 @pytest.fixture(scope="module")
 def encoder() -> TextEncoder:
     corpus = [*NAMES, prompts.SPATIAL_DIRECT, prompts.HALLUCINATION_PROMPT, "Yes No image located to the of left right"]
-    corpus += ["USER ASSISTANT where none is yes no steps side height above below A photo of a an and The"]
+    corpus += ["USER ASSISTANT where none is yes no steps side height above below A photo of a an and The object at"]
     return TextEncoder(word_tokenizer(corpus, map(str, range(reading.COLUMNS)), n_numbers=100), 36)
 
 
@@ -83,6 +84,17 @@ def test_chat_answers_are_the_projects_own_and_true(seed: int) -> None:
     assert not any(template.split("{")[0] in row.text for template in (*prompts.LOC_PROMPTS, *prompts.REV_PROMPTS))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_questions_in_any_words_ask_for_a_place_or_a_name(seed: int) -> None:
+    row = reading.chat_row(NAMES, random.Random(seed), words=WORDS, far=3)
+    at, filler = places(row), f"(?: (?:{'|'.join(WORDS)})){{0,3}}"
+    told = re.findall(rf"{filler} (\w+){filler}\? ASSISTANT:{filler} at (\d+) (\d+)", row.text)
+    named = re.findall(rf"{filler} (\d+) (\d+){filler}\? ASSISTANT:{filler} is a (\w+)", row.text)
+    assert (len(told), len(named)) == (row.kinds.count("told"), row.kinds.count("named"))
+    assert all(at[name] == (int(x), int(y)) for name, x, y in told)
+    assert all(at[name] == (int(x), int(y)) for x, y, name in named)
+
+
 def test_a_caption_stands_where_stage_1_has_it() -> None:
     row = reading.caption_row(NAMES, random.Random(3))
     begin, end = row.spans[0]
@@ -110,6 +122,61 @@ def test_the_lesson_begins_with_pairs_and_ends_with_everything() -> None:
     assert [row.text for row in lesson[7]] == [row.text for row in list(reading.rows(NAMES, 0, 40, 8))[7]]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_soft_tokens_state_the_scene_that_is_asked_about(seed: int) -> None:
+    row = reading.chat_row(NAMES, random.Random(seed), soft=36)
+    assert row.text.startswith("USER: <image>\n")
+    assert len(row.soft) == 36
+    at: dict[str | None, set[tuple[int, int]]] = {}
+    for name, x, y in row.soft:
+        at.setdefault(name, set()).add((x, y))
+    assert len(at.pop(None)) > 1
+    asked = re.findall(r" Is there (\w+) in image\? ASSISTANT: (Yes|No)", row.text)
+    assert all((name in at) is (answer == "Yes") for name, answer in asked)
+    for subject, word, other in re.findall(r" The (\w+) is located to the (\w+) of (\w+)\.", row.text):
+        (first,), (second,) = at[other], at[subject]
+        assert word == side(first, second, 0)
+    assert reading.caption_row(NAMES, random.Random(seed), soft=36).text.startswith("<image>A photo of ")
+
+
+def test_a_soft_token_is_the_sum_of_its_words(
+    model: LocVLM, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_SOFT_NOISE", 0.0)
+    row = reading.Row("<image>", [], [], [], [("apple", 3, 40), (None, 3, 40), ("apple drum", 3, 40)])
+    with torch.no_grad():
+        found = reading._soft_tokens(model, encoder, [row], torch.Generator())
+        words = model.model.language_model.embed_tokens.weight
+        apple, drum, three, forty = (
+            words[encoder.encode([f" {word}"])[0].ids[1]] for word in ("apple", "drum", "3", "40")
+        )
+    assert found is not None
+    half = len(forty) // 2
+    swapped = torch.cat([forty[half:], forty[:half]])
+    assert torch.allclose(found[1] * 3**0.5, three + swapped, atol=1e-5)
+    assert torch.allclose((found[0] - found[1]) * 3**0.5, apple, atol=1e-5)
+    assert torch.allclose((found[2] - found[1]) * 3**0.5, (apple + drum) / 2**0.5, atol=1e-5)
+
+
+def test_the_second_lesson_states_half_of_its_scenes_in_soft_tokens() -> None:
+    known = ["fire bell", "drum", "coin", "dust bin", "kettle drum", "fox"]
+    texts = [row for step in reading.soft_rows(NAMES, known, WORDS, 0, 20, 32, 36) for row in step]
+    assert 0.4 < sum(len(row.soft) == 36 for row in texts) / len(texts) < 0.55
+    kinds = {kind for row in texts for kind in row.kinds}
+    assert kinds >= {"side", "presence", "side_in_full", "presence_in_full", "told", "named", "caption", "pairs"}
+    assert any("kettle drum" in row.text for row in texts)
+
+
+def test_the_second_lesson_moves_the_language_model_alone(model: LocVLM, encoder: TextEncoder) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    words, soft = reading.teach_soft(model, encoder, NAMES, ["fox drum", *NAMES], WORDS, NAMES, 3, 0)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith(("model.language_model", "lm_head")) for name in moved)
+    assert 0 <= words.side <= 1
+    assert 0 <= soft.side_in_full <= 1
+
+
 def test_the_lesson_moves_the_language_model_alone(model: LocVLM, encoder: TextEncoder) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     figures = reading.teach(model, encoder, NAMES, NAMES, 3, 0)
@@ -132,14 +199,15 @@ def test_a_perfect_reader_scores_1_and_a_constant_one_half(
 ) -> None:
     """Measured by the words that decide alone."""
 
-    def perfect(_: LocVLM, ids: torch.Tensor) -> torch.Tensor:
+    def perfect(_: LocVLM, ids: torch.Tensor, soft: torch.Tensor | None) -> torch.Tensor:
         return torch.nn.functional.one_hot(ids.roll(-1, dims=1), 1024)
 
     monkeypatch.setattr(reading, "_logits", perfect)
-    assert reading.measure(model, encoder, NAMES, 0) == reading.ReadingFigures(1.0, 1.0, 1.0, 1.0, 1.0)
+    for soft in (False, True):
+        assert reading.measure(model, encoder, NAMES, 0, soft=soft) == reading.ReadingFigures(*[1.0] * 6)
     left, yes = (encoder.encode([word])[0].ids[1] for word in (" left", " Yes"))
 
-    def constant(_: LocVLM, ids: torch.Tensor) -> torch.Tensor:
+    def constant(_: LocVLM, ids: torch.Tensor, soft: torch.Tensor | None) -> torch.Tensor:
         scores = torch.zeros(*ids.shape, 1024)
         scores[..., [left, yes]] = 1.0
         scores[..., left] += 1.0
