@@ -49,7 +49,7 @@ def test_the_page_has_each_claim_with_a_verdict(run: Path) -> None:
     (row,) = [line for line in page.splitlines() if line.startswith("| foundation: the tower tells what a patch shows")]
     assert row.endswith(f"| {100 * tower['category']:.1f} | 90 | no |")
     assert f"held out | {100 * reading['side']:.1f} | 90 | no |" in page
-    assert learned["steps"] == {"tower": 2, "reading": 8}
+    assert learned["steps"] == {"tower": 2, "reading": 8, "soft": 2}
 
 
 @pytest.mark.timeout(280)
