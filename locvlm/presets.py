@@ -135,7 +135,7 @@ def _tiny() -> dict[str, Any]:
                 ],
                 "learning_rate": 1.5e-3,
                 "global_batch": 32,
-                "steps": 400,
+                "steps": 500,
                 "warmup_ratio": 0.1,
                 "betas": [0.9, 0.98],
                 "conversations_per_image": 8,
