@@ -8,8 +8,8 @@ presence questions alike.
 from collections.abc import Sequence
 
 LOCATION_SHARES = {"loc_pred": 0.45, "neg_pred": 0.10, "rev_loc": 0.15}  # with the next two: the tiny preset's
-GENERIC_SHARES = {"caption": 0.05, "presence": 0.20}
-DOSE_SHARE = 0.05  # about sides
+GENERIC_SHARES = {"caption": 0.05, "presence": 0.24}
+DOSE_SHARE = 0.01  # about sides
 OBJECTIVES = tuple(LOCATION_SHARES)
 
 

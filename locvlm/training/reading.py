@@ -380,7 +380,10 @@ def measure(
     ids, labels = _batch(encoder, texts, [row.words for row in texts])
     logits = _logits(model, ids, _soft_tokens(model, encoder, texts, torch.Generator().manual_seed(seed)))[:, :-1]
     wanted = labels[:, 1:]
-    right = (logits.argmax(-1) == wanted)[wanted != -100].tolist()  # row after row, as the kinds
+    apart = torch.arange(logits.shape[-1])
+    for number in range(COLUMNS):  # it means the same without a space, see `_spread_numbers`
+        apart[_token(encoder, str(number))] = _token(encoder, f" {number}")
+    right = (apart[logits.argmax(-1)] == wanted)[wanted != -100].tolist()  # row after row, as the kinds
     kinds = [kind for row in texts for kind in row.kinds]
     found = {
         name: [is_right for kind, is_right in zip(kinds, right, strict=True) if kind == name]

@@ -222,3 +222,16 @@ def test_a_perfect_reader_scores_1_and_a_constant_one_half(
 def test_a_name_of_two_tokens_is_refused(model: LocVLM, encoder: TextEncoder) -> None:
     with pytest.raises(ValueError, match="' gooseberry' takes"):
         reading.teach(model, encoder, ["gooseberry", *NAMES], NAMES, 1, 0)
+
+
+def test_a_number_without_a_space_is_right_too(
+    model: LocVLM, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glued = {encoder.encode([f" {n}"])[0].ids[1]: encoder.encode([str(n)])[0].ids[1] for n in range(reading.COLUMNS)}
+
+    def perfect(_: LocVLM, ids: torch.Tensor, soft: torch.Tensor | None) -> torch.Tensor:
+        said = ids.roll(-1, dims=1).clone().apply_(lambda token: glued.get(token, token))
+        return torch.nn.functional.one_hot(said, 1024)
+
+    monkeypatch.setattr(reading, "_logits", perfect)
+    assert reading.measure(model, encoder, NAMES, 0).told == 1.0
