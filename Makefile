@@ -37,7 +37,7 @@ paper: setup ## the paper's claims on drawn scenes, several seeds, into docs/res
 	@$(BIN)/python -m workflows.paper $(ARGS)
 
 LESSONS := runs/lessons
-foundation: setup ## make the tiny foundation that the package ships again, from scratch, in runs/foundation (about an hour of one core)
+foundation: setup ## make the tiny foundation that the package ships again, from scratch, in runs/foundation (an hour or more of one core)
 	@$(BIN)/locvlm data scenes --output $(LESSONS) --seed 20240618 --n-train 8000 --n-test 1000 --shards
 	@$(BIN)/locvlm foundation --annotations $(LESSONS)/instances_train.json --held-out $(LESSONS)/instances_test.json \
 	  --images $(LESSONS)/images --output runs/foundation
