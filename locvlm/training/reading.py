@@ -406,7 +406,7 @@ def _soft_tokens(
     words = [_tokens(encoder, name.split()) for name in order]
     named = torch.stack([torch.zeros(table.shape[1]), *(table[ids].sum(0) / len(ids) ** 0.5 for ids in words)])
     number = {name: at for at, name in enumerate(order, start=1)}
-    numbers = table[_tokens(encoder, [str(number) for number in range(COLUMNS)])]
+    numbers = table[_tokens(encoder, [str(column) for column in range(COLUMNS)])]
     columns, downs = (numbers[[token[axis] for token in tokens]] for axis in (1, 2))
     total: torch.Tensor = named[[number[name] if name else 0 for name, _, _ in tokens]]
     total = total + columns + downs.roll(table.shape[1] // 2, 1)
