@@ -127,8 +127,8 @@ def _tiny() -> dict[str, Any]:
                 "trainable": ["adapter", "language"],
                 "mixture": [
                     {"source": "generic", "objective": "caption", "weight": 0.05},
-                    {"source": "generic", "objective": "presence", "weight": 0.24},
-                    {"source": "generic", "objective": "left_right", "weight": 0.01},
+                    {"source": "generic", "objective": "presence", "weight": 0.05},
+                    {"source": "generic", "objective": "stated_left_right", "weight": 0.20},
                     {"source": "localize", "objective": "loc_pred", "weight": 0.45},
                     {"source": "localize", "objective": "neg_pred", "weight": 0.10},
                     {"source": "localize", "objective": "rev_loc", "weight": 0.15},

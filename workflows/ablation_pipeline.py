@@ -2,7 +2,7 @@
 
 Image arms train stage 2 from the same aligned model. They differ in how places are written (Table 2; Table 11, bounding
 box or point), in the location objectives (Table 11, each added), or in pseudo-captions or category names (Table 11).
-Every arm has the same small share of questions about sides, and as many steps where stages.instruct counts steps; where
+No arm is asked about sides in an image, and each takes as many steps where stages.instruct counts steps; where
 it counts epochs, an arm with fewer conversations takes fewer. With videos each image arm goes on to a video stage that
 tunes the adapter (its column ActivityNet-QA), and the video arms (Table 12) start from the full image arm, on few
 frames, with location objectives about videos beside VideoInstruct.

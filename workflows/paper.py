@@ -1,10 +1,11 @@
 """`python -m workflows.paper`: the paper in miniature, on drawn scenes and the tiny preset; what `make paper` does.
 
 A foundation is made first: a vision tower and a language model with a lesson each, on scenes and words of their own.
-Every arm starts from the same aligned model of its seed and takes equally many steps of equally many questions. The
-small share of left-or-right questions is the same in all arms but `direct`; what the location objectives do not take,
-captions and presence questions fill. All questions that are asked are about scenes of a test split that
-nothing was chosen on. Finished steps are kept: started again, it goes on.
+Every arm starts from the same aligned model of its seed and takes equally many steps of equally many questions. No arm
+but `direct` is asked about sides in an image; all others have the same share of questions about sides in scenes stated
+in words. What the location objectives do not take, captions and presence questions fill. All questions that are asked
+in the end are about scenes of a test split that nothing was chosen on. Finished steps are kept: started again, it goes
+on.
 """
 
 import argparse
@@ -28,17 +29,17 @@ from locvlm.presets import preset
 from locvlm.records import atomic_write, read_json
 from locvlm.training.foundation import READING_STEPS, SOFT_STEPS, TOWER_STEPS
 from workflows.ablation_pipeline import ARMS, FULL, Arm
-from workflows.mixtures import DOSE_SHARE, arm_mixture, mixture
+from workflows.mixtures import STATED_SHARE, arm_mixture, mixture
 from workflows.provenance import run_name
 
-STEPS = 1000  # of stage 2
+STEPS = 500  # of stage 2
 N_TRAIN, N_TEST = 8000, 1000  # scenes
 SCENES_SEED, LESSON_SEED = 20240617, 20240618  # no other run of the project draws these
 QUESTIONS = 1000  # of a task
 GATE = 0.9
 
 HORIZONTAL, VERTICAL = "left-right", "above-below"
-DOSE = {HORIZONTAL: "left_right", VERTICAL: "above_below"}
+STATED = {HORIZONTAL: "stated_left_right", VERTICAL: "stated_above_below"}
 # task of an arm: (task, what it asks about)
 TASKS = {
     "coco-spatial": "questions/{axis}",
@@ -50,8 +51,8 @@ TASKS = {
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """An arm of the ablations whose small share of spatial questions is about one axis. `mixture`: of stage 2, where
-    it is not that of `arm`."""
+    """An arm of the ablations that is asked about one axis, in words in training. `shares`: of stage 2, where they are
+    not those of `arm`."""
 
     arm: Arm
     axis: str = HORIZONTAL
@@ -67,7 +68,7 @@ class Trained:
         """The override for stage 2: shares that add up to 1."""
         if self.shares:
             return f"stages.instruct.mixture={mixture(self.shares)}"
-        return arm_mixture(self.arm.objectives, DOSE[self.axis])
+        return arm_mixture(self.arm.objectives, STATED[self.axis])
 
     @property
     def tasks(self) -> dict[str, str]:
@@ -414,8 +415,9 @@ def _head(plan: Plan) -> str:
 Written by `make paper`; do not edit. Drawn scenes ({plan.scenes[0]} to train on, {plan.scenes[1]} to ask about, drawn
 for this page alone), the tiny preset, {len(plan.seeds)} seeds ({", ".join(map(str, plan.seeds))}). Stage 1 and stage 2
 from the same foundation, whose lessons had scenes and words of their own; stage 2 takes {stage.steps} steps of
-{stage.global_batch} images with {stage.conversations_per_image} questions each in every arm. All arms but `direct` have
-the same share ({100 * DOSE_SHARE:.0f} %) of questions about sides; where an arm lacks a location
+{stage.global_batch} images with {stage.conversations_per_image} questions each in every arm. No arm but `direct`
+is asked about sides in an image; {100 * STATED_SHARE:.0f} % of the questions of the others are about sides in scenes
+stated in words, of other names, so that the language model does not forget them. Where an arm lacks a location
 objective, captions and presence questions have its share. Arms take equally many questions, not tokens: a
 place costs more tokens than a yes.
 

@@ -1,8 +1,8 @@
 """Generic questions about annotated images: captions, presence, left or right, above or below. All literal turns.
 
-This is the small equal dose that every compared training arm receives, with and without location objectives. The
-evaluated question forms (presence, left or right) are in it, so that a small model does not lose the form; because
-all arms have it alike, it cannot be what tells them apart. Answers come from the annotations alone.
+This is what every compared training arm receives, with and without location objectives. Answers come from the
+annotations alone. Two objectives are no question about the image: they state a scene in words and ask for a side there,
+to keep alive what a small language model could do before it saw images, its skill and its form.
 """
 
 import random
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from locvlm import prompts
 from locvlm.data.coco import Instances, absent_categories, decode_json, read_bytes, usable_objects, whole
+from locvlm.data.stated import AXIS_WORDS, names_beside, stated_turns
 from locvlm.errors import DataError
 from locvlm.records import Conversation, ImageRecord, ObjectRecord, Turn
 
@@ -21,9 +22,10 @@ CLEARLY_APART = 0.15  # centres of a pair differ by at least this share of the i
 
 
 def build_generic(
-    instances: Instances, captions: Mapping[int, Sequence[str]] | None, seed: int
+    instances: Instances, captions: Mapping[int, Sequence[str]] | None, seed: int, stated_bins: int = 0
 ) -> Iterator[Conversation]:
-    """Conversations of one question each, image after image: caption, presence, left_right, above_below.
+    """Conversations of one question each, image after image: caption, presence, left_right, above_below and, with
+    `stated_bins`, stated_left_right, stated_above_below.
 
     - caption: one of LLaVA's requests for a short description. `captions` maps an image id to its captions, one of
       which is drawn; without one the answer names the categories in the image, each once.
@@ -33,10 +35,12 @@ def build_generic(
       CLEARLY_APART of the width apart; the answer says where the object asked for lies (the natural reading).
     - above_below: likewise with the height. The paper asks both axes in the same words, so a training mixture takes
       left_right or above_below, not both.
+    - stated_left_right, stated_above_below: see `locvlm.data.stated`; nothing in them is about the image.
 
     Objects come from `usable_objects`. An image without annotations gives at most a caption. Draws are keyed by
     (seed, image id); a conversation is called `{image id}-{objective}-{number}`.
     """
+    names = names_beside(instances.categories)
     for image in instances.images:
         rng = random.Random(f"{seed}/generic/{image.id}")
         turns = [
@@ -45,6 +49,8 @@ def build_generic(
             *_sides(image, "left_right"),
             *_sides(image, "above_below"),
         ]
+        if stated_bins:
+            turns += stated_turns(names, stated_bins, rng)
         numbers: Counter[str] = Counter()
         for turn in turns:
             name = f"{image.id}-{turn.objective}-{numbers[turn.objective]}"
@@ -100,15 +106,13 @@ def _presence(image: ImageRecord, categories: Sequence[str], rng: random.Random)
 
 
 def _sides(image: ImageRecord, objective: str) -> Iterator[Turn]:
-    axis, length, words = (
-        (0, image.width, ("left", "right")) if objective == "left_right" else (1, image.height, ("above", "below"))
-    )
+    axis, length = (0, image.width) if objective == "left_right" else (1, image.height)
     for seen_from, located in permutations(usable_objects(image), 2):
         shift = _centre(located, axis) - _centre(seen_from, axis)
         if abs(shift) < CLEARLY_APART * length:
             continue
         question = prompts.spatial_direct_question(seen_from.category, located.category)
-        answer = prompts.spatial_answer(located.category, words[shift > 0], seen_from.category)
+        answer = prompts.spatial_answer(located.category, AXIS_WORDS[axis][shift > 0], seen_from.category)
         yield Turn(objective, category=located.category, question=question, answer=answer)
 
 

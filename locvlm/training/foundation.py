@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from locvlm import prompts
 from locvlm.config import ExperimentConfig
 from locvlm.data.coco import Instances, read_instances
+from locvlm.data.stated import COCO_NAMES, MADE_UP, names_beside
 from locvlm.errors import ConfigError
 from locvlm.geometry import make_geometry
 from locvlm.model.checkpoint import LoadedModel, fresh, save
@@ -34,27 +35,6 @@ log = logging.getLogger(__name__)
 TOWER_STEPS, READING_STEPS, SOFT_STEPS = 2000, 4000, 2400
 VOCABULARY = 2048  # what `model.language.vocab_size` has to be at least
 N_HELD_OUT_NAMES = 24
-
-# the 80 category names of COCO, so that real annotations cost one token a word
-COCO_NAMES = (
-    "person bicycle car motorcycle airplane bus train truck boat "
-    "traffic light fire hydrant stop sign parking meter bench bird cat dog "
-    "horse sheep cow elephant bear zebra giraffe backpack umbrella handbag "
-    "tie suitcase frisbee skis snowboard sports ball kite baseball bat "
-    "baseball glove skateboard surfboard tennis racket bottle wine glass cup "
-    "fork knife spoon bowl banana apple sandwich orange broccoli carrot "
-    "hot dog pizza donut cake chair couch potted plant bed dining table "
-    "toilet tv laptop mouse remote keyboard cell phone microwave oven "
-    "toaster sink refrigerator book clock vase scissors teddy bear hair drier toothbrush"
-)
-
-# made-up words to name things by in the reading lesson: with 130 names it learns them one by one, with 600 the rule
-_BEGINNINGS = "ba de fi go ku la me ni po ru sa te vi zo"
-_ENDINGS = (
-    "bim col dar fen gup hol jat kem lin mox nuv pag rel sot tud vek wip yar zed "
-    "bolt cask drim fosk gant helm jolk kurn lisp mund nold pren quil rask sturn tilk vorn"
-)
-MADE_UP = tuple(first + second for first in _BEGINNINGS.split() for second in _ENDINGS.split())
 
 
 def train_foundation(
@@ -148,7 +128,7 @@ def _once(stem: Path, part: torch.nn.Module, lesson: Callable[[], dict[str, Any]
 def _names(instances: Instances, seed: int) -> tuple[list[str], list[str]]:
     """Single words to name things by: those of the lesson, and those held out (none is a word of a category here)."""
     drawn = {word for name in instances.categories for word in name.split()}
-    words = sorted({*COCO_NAMES.split(), *MADE_UP} - drawn)
+    words = names_beside(instances.categories)
     held_out = sorted(random.Random(f"{seed}/names").sample(words, N_HELD_OUT_NAMES))
     return sorted({*words, *drawn} - set(held_out)), held_out
 

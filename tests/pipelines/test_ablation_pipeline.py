@@ -145,8 +145,9 @@ def test_the_arms_are_the_rows_of_the_papers_tables() -> None:
     for config in configs.values():
         shares = {entry.objective: entry.weight for entry in config.stages.instruct.mixture}
         assert sum(shares.values()) == pytest.approx(1)
-        assert shares["left_right"] == 0.01
-        assert shares["presence"] - shares["caption"] == pytest.approx(0.19)
+        assert shares["stated_left_right"] == 0.2
+        assert "left_right" not in shares
+        assert shares["presence"] == shares["caption"]
 
 
 def test_the_video_arms_differ_in_their_objectives_alone() -> None:

@@ -28,13 +28,13 @@ def test_both_arms_start_from_the_same_aligned_model_and_train_alike(tasks: dict
 
 
 def test_the_baseline_differs_in_its_mixture_alone() -> None:
-    """Location objectives have 70 %, half of it to captions and half to presence questions: 0.05 and 0.24 before."""
+    """Location objectives have 70 %, half of it to captions and half to presence questions: 0.05 each before."""
     ours, baseline = preset("tiny"), preset("tiny", [BASELINE])
     mixture = baseline.stages.instruct.mixture
     assert mixture == (
         MixtureEntry(source="generic", objective="caption", weight=0.4),
-        MixtureEntry(source="generic", objective="presence", weight=0.59),
-        MixtureEntry(source="generic", objective="left_right", weight=0.01),
+        MixtureEntry(source="generic", objective="presence", weight=0.4),
+        MixtureEntry(source="generic", objective="stated_left_right", weight=0.2),
     )
     stage = ours.stages.instruct.model_copy(update={"mixture": mixture})
     assert baseline == ours.model_copy(update={"stages": ours.stages.model_copy(update={"instruct": stage})})

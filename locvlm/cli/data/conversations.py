@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_verbs(nested: "argparse._SubParsersAction[Any]") -> None:
     """Register the verbs."""
-    generic = add_verb(nested, "generic", "captions, presence and side questions: the dose every arm gets", _generic)
+    generic = add_verb(nested, "generic", "captions, presence and sides: what every arm gets", _generic)
     add_annotation_options(generic)
     generic.add_argument("--captions", type=Path, metavar="FILE", help="COCO captions file")
     add_format_option(generic)
@@ -64,7 +64,8 @@ def _generic(args: argparse.Namespace) -> None:
                 f"building {args.output}: {args.captions} has no caption of the images of {args.annotations}; "
                 "needed is the captions file of the same images"
             )
-        write_dataset(args, config, folder, manifest, build_generic(instances, captions, manifest.seed))
+        generic = build_generic(instances, captions, manifest.seed, config.coordinates.n_bins)
+        write_dataset(args, config, folder, manifest, generic)
 
     build_from_annotations(args, text_options(args, config), fill)
 

@@ -14,7 +14,7 @@ from workflows.image_pipeline import BASELINE
 def test_two_arms_differ_in_what_was_changed_alone() -> None:
     arms = [params_of(preset("tiny", changes), "instruct", "align", 2) for changes in ([], [BASELINE])]
     assert [key for key in arms[0] if arms[0][key] != arms[1][key]] == ["mixture"]
-    assert arms[1]["mixture"] == "generic caption 0.4, generic presence 0.59, generic left_right 0.01"
+    assert arms[1]["mixture"] == "generic caption 0.4, generic presence 0.4, generic stated_left_right 0.2"
     assert arms[0]["places"] == "ivb 48, squash"
     assert len(arms[0]) < 15
     paper = params_of(preset("locvlm-b"), "align", "the foundation", 8)

@@ -117,6 +117,18 @@ def test_ids_are_stable_and_records_complete() -> None:
     assert all(len(c.turns) == 1 and c.turns[0].objective == c.objective for c in conversations)
 
 
+def test_scenes_in_words_come_behind_and_change_nothing_else() -> None:
+    plain, with_words = (list(build_generic(PAIR, None, 0, stated_bins=n_bins)) for n_bins in (0, 48))
+    assert with_words[: len(plain)] == plain
+    assert [c.id for c in with_words[len(plain) :]] == [
+        "7-stated_left_right-0",
+        "7-stated_above_below-0",
+        "7-stated_left_right-1",
+        "7-stated_above_below-1",
+    ]
+    assert not any(name in c.turns[0].question.split() for c in with_words[len(plain) :] for name in NAMES)
+
+
 def test_draws_depend_on_seed_and_image_id_alone(realdata: Path) -> None:
     instances = read_instances(realdata / "coco_annotations" / "coco128_instances_train2017.json")
     whole = list(build_generic(instances, None, 5))
