@@ -1,14 +1,14 @@
 """`python -m workflows.paper`: the paper in miniature, on drawn scenes and the tiny preset; what `make paper` does.
 
-A foundation is made first: a vision tower and a language model with a lesson each, on scenes and words of their own.
 Every arm starts from the same aligned model of its seed and takes equally many steps of equally many questions. No arm
 but `direct` is asked about sides in an image; all others have the same share of questions about sides in scenes stated
 in words. What the location objectives do not take, captions and presence questions fill. All questions that are asked
 in the end are about scenes of a test split that nothing was chosen on. Finished steps are kept: started again, it goes
-on.
+on. Where that was on another machine, the answers packed beside the page do (`--continue`).
 """
 
 import argparse
+import io
 import json
 import os
 import subprocess
@@ -25,18 +25,20 @@ from locvlm.config import ExperimentConfig
 from locvlm.errors import ConfigError, LocVLMError
 from locvlm.evaluation.score import read_metrics
 from locvlm.evaluation.verdicts import Contrast, Verdict, contrast, overall
+from locvlm.model.checkpoint import TINY_FOUNDATION
 from locvlm.presets import preset
-from locvlm.records import atomic_write, read_json
-from locvlm.training.foundation import READING_STEPS, SOFT_STEPS, TOWER_STEPS
+from locvlm.records import atomic_write, fingerprint, read_json
+from locvlm.training.foundation import RECIPE
 from workflows.ablation_pipeline import ARMS, FULL, Arm
 from workflows.mixtures import STATED_SHARE, arm_mixture, mixture
 from workflows.provenance import run_name
 
 STEPS = 500  # of stage 2
 N_TRAIN, N_TEST = 8000, 1000  # scenes
-SCENES_SEED, LESSON_SEED = 20240617, 20240618  # no other run of the project draws these
+SCENES_SEED = 20240617  # no other run of the project draws it
 QUESTIONS = 1000  # of a task
 GATE = 0.9
+_RUN = "run.json"  # in the packed answers
 
 HORIZONTAL, VERTICAL = "left-right", "above-below"
 STATED = {HORIZONTAL: "stated_left_right", VERTICAL: "stated_above_below"}
@@ -177,12 +179,15 @@ class Plan:
     seeds: list[int]
     arms: list[Trained]
     scenes: Sequence[int]  # to train on, to ask about
-    lessons: Sequence[int]  # steps of the foundation's tower, reading and soft tokens
     jobs: int
 
     def metrics(self, arm: str, seed: int, task: str) -> Path:
         """The figures of one task."""
         return self.root / "predictions" / str(seed) / arm / f"{task}.metrics.json"
+
+    def answers(self, arm: str, seed: int, task: str) -> Path:
+        """What those are computed from."""
+        return self.root / "predictions" / str(seed) / arm / f"{task}.jsonl"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,11 +196,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         plan = _plan(args)
         print(f"run folder: {plan.root}", flush=True)
+        answers = args.output.with_suffix(".answers.tar.xz")
+        if args.go_on:
+            _unpack(plan, answers)
         if not args.only_report:
             _run(plan)
         with atomic_write(args.output) as file:
             file.write(page(plan))
-        answers = args.output.with_suffix(".answers.tar.xz")
         _pack(plan, answers)
         print(f"wrote {args.output} and {answers}", flush=True)
     except LocVLMError as error:
@@ -216,40 +223,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="of stage 2 (default: %(default)s)")
     parser.add_argument("--scenes", type=int, nargs=2, default=(N_TRAIN, N_TEST), metavar=("TRAIN", "TEST"))
-    parser.add_argument(
-        "--lessons",
-        type=int,
-        nargs=3,
-        default=(TOWER_STEPS, READING_STEPS, SOFT_STEPS),
-        metavar=("TOWER", "READING", "SOFT"),
-        help="steps of the three lessons of the foundation (default: %(default)s)",
-    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="at once, a core each")
     parser.add_argument("--output", type=Path, default=Path("docs/results/miniature.md"), help="default: %(default)s")
+    parser.add_argument(
+        "--continue", action="store_true", dest="go_on", help="take the answers that are packed beside --output as done"
+    )
     parser.add_argument("--only-report", action="store_true", help="train nothing: the page of what is finished")
     return parser
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    if min(args.jobs, args.steps, *args.scenes, *args.lessons) < 1:
-        raise ConfigError("running the paper in miniature: --jobs, --steps, --scenes and --lessons must be at least 1")
+    if min(args.jobs, args.steps, *args.scenes) < 1:
+        raise ConfigError("running the paper in miniature: --jobs, --steps and --scenes must be at least 1")
     if len(set(args.seeds)) < len(args.seeds):
         raise ConfigError(f"running the paper in miniature: a seed of --seeds {args.seeds} is given twice")
     overrides = [f"stages.instruct.steps={args.steps}", "cluster.num_workers=0"]
     overrides += args.overrides
     config = preset("tiny", overrides)
-    if config.model.foundation != "tiny":
-        raise ConfigError(
-            f"running the paper in miniature: model.foundation was set to {config.model.foundation}, but the run makes "
-            "its own foundation; leave that setting out"
-        )
-    parts = [config.fingerprint(), *args.scenes, *args.lessons]
+    parts = [config.fingerprint(), fingerprint(_foundation(config)), *args.scenes]
     arms = [arm for arm in MINIATURE if arm.name in args.arms]
     root = args.runs.absolute() / run_name("paper", parts)
-    overrides.append(f"model.foundation={json.dumps(str(root / 'foundation'))}")
-    return Plan(root, preset("tiny", overrides), overrides, args.seeds, arms, args.scenes, args.lessons, args.jobs)
+    return Plan(root, config, overrides, args.seeds, arms, args.scenes, args.jobs)
+
+
+def _foundation(config: ExperimentConfig) -> Path:
+    named = config.model.foundation
+    folder = TINY_FOUNDATION if named == "tiny" else Path(named)
+    if not named or not (folder / RECIPE).is_file():
+        raise ConfigError(
+            f"running the paper in miniature: model.foundation is {named!r}, where there is no {RECIPE}; needed is a "
+            "folder that `locvlm foundation` made, or leave that setting out"
+        )
+    return folder
 
 
 def _run(plan: Plan) -> None:
@@ -257,9 +264,10 @@ def _run(plan: Plan) -> None:
     todo = list(_data_steps(plan))
     for name, argv, output in todo:
         _locvlm(plan, name, argv if argv[1] == "scenes" else [*argv, "--preset", "tiny"], output)
-    for seed in plan.seeds:
-        _align(plan, seed)
     chains = [(arm, seed) for seed in plan.seeds for arm in plan.arms if not _is_finished(plan, arm, seed)]
+    for seed in plan.seeds:
+        if any(number == seed and not _has_answered(plan, arm, seed) for arm, number in chains):
+            _align(plan, seed)
     n_done = len(plan.seeds) * len(plan.arms) - len(chains)
     began, n_before = time.monotonic(), n_done
     _tell(plan, n_done, n_before, began, "")
@@ -280,16 +288,9 @@ def _run(plan: Plan) -> None:
 def _data_steps(plan: Plan) -> Iterator[tuple[str, list[str], Path]]:
     """Name, verb and output of everything that arms share."""
     data, questions = plan.root / "data", plan.root / "questions"
-    scenes, lessons = data / "scenes", data / "lessons"
+    scenes = data / "scenes"
     sizes = ["--n-train", str(plan.scenes[0]), "--n-test", str(plan.scenes[1]), "--shards"]
     yield "scenes", ["data", "scenes", "--seed", str(SCENES_SEED), *sizes], scenes
-    yield "lessons", ["data", "scenes", "--seed", str(LESSON_SEED), *sizes], lessons
-    learning = ["--annotations", str(lessons / "instances_train.json"), "--images", str(lessons / "images")]
-    learning += ["--held-out", str(lessons / "instances_test.json")]
-    learning += ["--tower-steps", str(plan.lessons[0]), "--reading-steps", str(plan.lessons[1])]
-    learning += ["--soft-steps", str(plan.lessons[2])]
-    settings = [part for override in plan.overrides for part in ("--set", override)]
-    yield "foundation", ["foundation", *learning, *settings], plan.root / "foundation"
     train, test = (["--annotations", str(scenes / f"instances_{split}.json")] for split in ("train", "test"))
     captions = ["--captions", str(scenes / "captions_train.json")]
     yield "generic", ["data", "generic", *train, *captions], data / "generic"
@@ -313,7 +314,21 @@ def _align(plan: Plan, seed: int) -> None:
 
 
 def _arm(plan: Plan, trained: Trained, seed: int) -> str:
-    """Train, ask, score. Returns a line about it."""
+    """Train and ask, unless the answers are there; score. Returns a line about it."""
+    if not _has_answered(plan, trained, seed):
+        _train_and_ask(plan, trained, seed)
+    found = []
+    for name, task in trained.tasks.items():
+        path = plan.metrics(trained.name, seed, name)
+        about = ["--task", name, "--data", str(plan.root / task)]
+        predictions = str(plan.answers(trained.name, seed, name))
+        _locvlm(plan, f"{seed}-{trained.name}-score", ["score", *about, "--predictions", predictions], path)
+        found.append((name, read_metrics(path)))
+    figures = (f"{name} {100 * values['figures'][values['primary']]['value']:.1f}" for name, values in found)
+    return f"seed {seed}, {trained.name}: {', '.join(figures)}"
+
+
+def _train_and_ask(plan: Plan, trained: Trained, seed: int) -> None:
     model = plan.root / "models" / str(seed) / trained.name
     data = plan.root / "data"
     argv = ["train", "--stage", "instruct", "--data", f"generic={data / 'generic'}"]
@@ -325,19 +340,10 @@ def _arm(plan: Plan, trained: Trained, seed: int) -> str:
     _locvlm(plan, f"{seed}-{trained.name}-train", argv, model)
     asking = ["predict", "--model", str(model), "--images", str(data / "scenes" / "images")]
     asking += ["--limit", str(QUESTIONS)]
-    scoring = {}
-    paths = {task: plan.metrics(trained.name, seed, task) for task in trained.tasks}
-    for task, path in paths.items():
-        about = ["--task", task, "--data", str(plan.root / trained.tasks[task])]
-        predictions = str(path.with_name(f"{task}.jsonl"))
-        asking += [*about, "--output", predictions]
-        scoring[path] = ["score", *about, "--predictions", predictions]
+    for name, about in trained.tasks.items():
+        asking += ["--task", name, "--data", str(plan.root / about)]
+        asking += ["--output", str(plan.answers(trained.name, seed, name))]
     _locvlm(plan, f"{seed}-{trained.name}-predict", asking)
-    for path, verb in scoring.items():
-        _locvlm(plan, f"{seed}-{trained.name}-score", verb, path)
-    found = [(task, read_metrics(path)) for task, path in paths.items()]
-    figures = (f"{task} {100 * values['figures'][values['primary']]['value']:.1f}" for task, values in found)
-    return f"seed {seed}, {trained.name}: {', '.join(figures)}"
 
 
 def _common(plan: Plan, seed: int) -> list[str]:
@@ -366,6 +372,10 @@ def _is_finished(plan: Plan, trained: Trained, seed: int) -> bool:
     return all(plan.metrics(trained.name, seed, task).is_file() for task in trained.tasks)
 
 
+def _has_answered(plan: Plan, trained: Trained, seed: int) -> bool:
+    return all(plan.answers(trained.name, seed, task).is_file() for task in trained.tasks)
+
+
 def _tell(plan: Plan, n_done: int, n_before: int, began: float, news: str) -> None:
     """A line with what is finished and the time that is left, judged by the runs of this start."""
     total = len(plan.seeds) * len(plan.arms)
@@ -377,8 +387,8 @@ def _tell(plan: Plan, n_done: int, n_before: int, began: float, news: str) -> No
 
 
 def _pack(plan: Plan, output: Path) -> None:
-    """The answers of all arms as one file, the same bytes for the same answers. Figures are left out: `locvlm score`
-    gives them again, and they name folders of this machine."""
+    """The answers of all arms and the name of the run as one file, the same bytes for the same answers. Figures are
+    left out: `locvlm score` gives them again, and they name folders of this machine."""
 
     def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uid = member.gid = member.mtime = 0
@@ -386,8 +396,28 @@ def _pack(plan: Plan, output: Path) -> None:
         return member
 
     with atomic_write(output, "wb") as file, tarfile.open(fileobj=file, mode="w:xz") as archive:
+        name = json.dumps({"run": plan.root.name}).encode()
+        member = tarfile.TarInfo(_RUN)
+        member.size = len(name)
+        archive.addfile(member, io.BytesIO(name))
         for path in sorted((plan.root / "predictions").rglob("*.jsonl")):
             archive.add(path, path.relative_to(plan.root), filter=plain)
+
+
+def _unpack(plan: Plan, packed: Path) -> None:
+    """Take the answers of this very run that are not here. Raises ConfigError where they are those of another."""
+    if not packed.is_file():
+        raise ConfigError(f"continuing the paper in miniature: there is no {packed}; leave out --continue")
+    with tarfile.open(packed) as archive:
+        named = archive.extractfile(_RUN) if _RUN in archive.getnames() else None
+        run = json.loads(named.read())["run"] if named else "one without a name"
+        if run != plan.root.name:
+            raise ConfigError(
+                f"continuing the paper in miniature: {packed} is of the run {run}, this one is {plan.root.name}: "
+                "settings, foundation or numbers of scenes differ; give the same, or leave out --continue"
+            )
+        missing = [member for member in archive if not (plan.root / member.name).exists() and member.name != _RUN]
+        archive.extractall(plan.root, missing, filter="data")
 
 
 def page(plan: Plan) -> str:
@@ -414,7 +444,8 @@ def _head(plan: Plan) -> str:
 
 Written by `make paper`; do not edit. Drawn scenes ({plan.scenes[0]} to train on, {plan.scenes[1]} to ask about, drawn
 for this page alone), the tiny preset, {len(plan.seeds)} seeds ({", ".join(map(str, plan.seeds))}). Stage 1 and stage 2
-from the same foundation, whose lessons had scenes and words of their own; stage 2 takes {stage.steps} steps of
+from the same foundation, the one that the package ships (`make foundation` makes it again), whose lessons had scenes
+and words of their own; stage 2 takes {stage.steps} steps of
 {stage.global_batch} images with {stage.conversations_per_image} questions each in every arm. No arm but `direct`
 is asked about sides in an image; {100 * STATED_SHARE:.0f} % of the questions of the others are about sides in scenes
 stated in words, of other names, so that the language model does not forget them. Where an arm lacks a location
@@ -430,7 +461,7 @@ an arm from them again."""
 
 def _gates(plan: Plan) -> str:
     rows = ["## Gates", "", "| gate | figure | wanted | passed |", "|---|---|---|---|"]
-    rows += _gates_of_the_foundation(plan.root / "foundation")
+    rows += _gates_of_the_foundation(_foundation(plan.config))
     gates = [
         ("left or right, asked directly in training", "coco-spatial", "accuracy"),
         ("presence, asked directly in training", "presence", "accuracy"),
@@ -449,8 +480,7 @@ def _gates(plan: Plan) -> str:
 
 def _gates_of_the_foundation(folder: Path) -> list[str]:
     """What it could do before stage 1, as its recipe has it."""
-    recipe = folder / "recipe.json"
-    figures = read_json(recipe).get("figures", {}) if recipe.is_file() else {}
+    figures = read_json(folder / RECIPE).get("figures", {})
     gates = [
         ("foundation: the tower tells what a patch shows", "tower", "category"),
         ("foundation: the tower tells the column of what a patch shows (of 12)", "tower", "column"),

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 TOWER_STEPS, READING_STEPS, SOFT_STEPS = 2000, 4000, 2400
 VOCABULARY = 2048  # what `model.language.vocab_size` has to be at least
 N_HELD_OUT_NAMES = 24
+RECIPE = "recipe.json"
 
 
 def train_foundation(
@@ -101,7 +102,7 @@ def train_foundation(
         LoadedModel(model, encoder, config),
         output,
         torch.float16,
-        complete=lambda folder: _write(folder / "recipe.json", text),
+        complete=lambda folder: _write(folder / RECIPE, text),
     )
     shutil.rmtree(parts)
     return output

@@ -1,6 +1,7 @@
 """`make paper` at two steps an arm: what it runs, keeps and writes; that it goes on instead of starting again."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -10,12 +11,13 @@ import pytest
 import yaml
 
 from locvlm.evaluation.verdicts import contrast
+from locvlm.model.checkpoint import TINY_FOUNDATION
 from workflows import paper
 
 pytestmark = pytest.mark.slow
 
 ARGUMENTS = ["--seeds", "0", "--arms", "full", "none", "--steps", "2", "--scenes", "24", "6", "--jobs", "1"]
-ARGUMENTS += ["--lessons", "2", "8", "2", "--set", "stages.align.steps=2", "--set", "evaluation.max_new_tokens=8"]
+ARGUMENTS += ["--set", "stages.align.steps=2", "--set", "evaluation.max_new_tokens=8"]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +46,11 @@ def test_the_page_has_each_claim_with_a_verdict(run: Path) -> None:
     (row,) = [row for row in page.split("### a:")[1].splitlines() if row.startswith("| left or right, accuracy |")][:1]
     assert f"| {100 * contrast(better, other).difference:+.1f} | 50.0 | not shown |" in row  # one seed has no interval
     assert "| presence, asked directly in training | not run |" in page
-    learned = json.loads((root / "foundation" / "recipe.json").read_text())
+    learned = json.loads((TINY_FOUNDATION / "recipe.json").read_text())
     tower, reading = learned["figures"]["tower"], learned["figures"]["reading"]
     (row,) = [line for line in page.splitlines() if line.startswith("| foundation: the tower tells what a patch shows")]
-    assert row.endswith(f"| {100 * tower['category']:.1f} | 90 | no |")
-    assert f"held out | {100 * reading['side']:.1f} | 90 | no |" in page
-    assert learned["steps"] == {"tower": 2, "reading": 8, "soft": 2}
+    assert row.endswith(f"| {100 * tower['category']:.1f} | 90 | yes |")
+    assert f"above or below in stated scenes, names held out | {100 * reading['height']:.1f} | 90 | no |" in page
 
 
 @pytest.mark.timeout(280)
@@ -64,6 +65,27 @@ def test_score_computes_the_figures_from_the_packed_answers_again(run: Path) -> 
     subprocess.run([sys.executable, "-m", "locvlm", *argv], check=True, capture_output=True)
     scored = root / "predictions" / "0" / "none" / "presence.metrics.json"
     assert _figures(run / "again.json") == _figures(scored)
+
+
+@pytest.mark.timeout(280)
+def test_on_another_machine_the_packed_answers_are_taken_as_done(run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "miniature.md"
+    packed = run / "miniature.answers.tar.xz"
+    shutil.copy(packed, tmp_path)
+    arguments = [*ARGUMENTS, "--runs", str(tmp_path / "runs"), "--output", str(page), "--continue"]
+    assert paper.main(arguments) == 0
+    assert page.read_text() == (run / "miniature.md").read_text()
+    assert (tmp_path / packed.name).read_bytes() == packed.read_bytes()
+    assert not list((tmp_path / "runs").glob("*/models"))  # nothing was trained
+
+
+def test_answers_of_another_run_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(run / "miniature.answers.tar.xz", tmp_path)
+    argv = ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "miniature.md"), "--continue"]
+    assert paper.main(argv) == 2
+    assert "settings, foundation or numbers of scenes differ" in capsys.readouterr().err
+    assert paper.main([*argv, "--output", str(tmp_path / "other.md")]) == 2
+    assert "there is no" in capsys.readouterr().err
 
 
 def test_arms_differ_in_the_location_objectives_alone() -> None:
@@ -84,17 +106,18 @@ def test_arms_differ_in_the_location_objectives_alone() -> None:
     assert named <= by_name.keys()
 
 
-@pytest.mark.parametrize(
-    "wrong", [["--jobs", "0"], ["--steps", "0"], ["--scenes", "0", "1"], ["--lessons", "1", "0", "1"]]
-)
+@pytest.mark.parametrize("wrong", [["--jobs", "0"], ["--steps", "0"], ["--scenes", "0", "1"]])
 def test_a_size_of_nothing_is_refused(tmp_path: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert paper.main(["--runs", str(tmp_path), *wrong]) == 2
     assert "must be at least 1" in capsys.readouterr().err
 
 
-def test_a_foundation_of_ones_own_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert paper.main(["--runs", str(tmp_path), "--set", "model.foundation=/elsewhere"]) == 2
-    assert "model.foundation was set to /elsewhere" in capsys.readouterr().err
+@pytest.mark.parametrize("named", ["/elsewhere", ""])
+def test_a_foundation_without_its_recipe_is_refused(
+    named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert paper.main(["--runs", str(tmp_path), "--set", f"model.foundation='{named}'"]) == 2
+    assert f"model.foundation is '{named}', where there is no recipe.json" in capsys.readouterr().err
 
 
 def _figures(path: Path) -> dict[str, dict[str, float]]:
