@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from locvlm.cli.steps import last_words
@@ -265,9 +266,9 @@ def _run(plan: Plan) -> None:
     for name, argv, output in todo:
         _locvlm(plan, name, argv if argv[1] == "scenes" else [*argv, "--preset", "tiny"], output)
     chains = [(arm, seed) for seed in plan.seeds for arm in plan.arms if not _is_finished(plan, arm, seed)]
-    for seed in plan.seeds:
-        if any(number == seed and not _has_answered(plan, arm, seed) for arm, number in chains):
-            _align(plan, seed)
+    seeds = sorted({seed for arm, seed in chains if not _has_answered(plan, arm, seed)})
+    with ThreadPoolExecutor(plan.jobs) as pool:
+        list(pool.map(partial(_align, plan), seeds))
     n_done = len(plan.seeds) * len(plan.arms) - len(chains)
     began, n_before = time.monotonic(), n_done
     _tell(plan, n_done, n_before, began, "")
