@@ -8,7 +8,7 @@ presence questions alike.
 
 from collections.abc import Sequence
 
-LOCATION_SHARES = {"loc_pred": 0.45, "neg_pred": 0.10, "rev_loc": 0.15}  # with the next two: the tiny preset's
+LOCATION_SHARES = {"loc_pred": 0.30, "neg_pred": 0.10, "rev_loc": 0.30}  # with the next two: the tiny preset's
 GENERIC_SHARES = {"caption": 0.05, "presence": 0.05}
 STATED_SHARE = 0.20  # about sides in words
 OBJECTIVES = tuple(LOCATION_SHARES)

@@ -86,10 +86,10 @@ _NONE = _BY_NAME["none"]
 DIRECT = Trained(
     Arm("direct", "direct supervision", ()),
     shares=(
-        ("generic", "presence", 0.25),
-        ("generic", "left_right", 0.35),
+        ("generic", "presence", 0.10),
+        ("generic", "left_right", 0.20),
         ("localize", "loc_pred", 0.25),
-        ("localize", "rev_loc", 0.15),
+        ("localize", "rev_loc", 0.45),
     ),
 )
 MINIATURE = (
