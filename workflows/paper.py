@@ -10,6 +10,7 @@ on. Where that was on another machine, the answers packed beside the page do (`-
 import argparse
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -92,9 +93,12 @@ DIRECT = Trained(
         ("localize", "rev_loc", 0.45),
     ),
 )
+# asked without stage 2: what every arm starts from
+ALIGNED = Trained(Arm("align", "before stage 2", ()))
 MINIATURE = (
     Trained(FULL),
     Trained(_NONE),
+    ALIGNED,
     DIRECT,
     Trained(FULL, VERTICAL),
     Trained(_NONE, VERTICAL),
@@ -309,7 +313,7 @@ def _data_steps(plan: Plan) -> Iterator[tuple[str, list[str], Path]]:
 
 
 def _align(plan: Plan, seed: int) -> None:
-    output = plan.root / "models" / str(seed) / "align"
+    output = plan.root / "models" / str(seed) / ALIGNED.name
     argv = ["train", "--stage", "align", "--data", f"generic={plan.root / 'data' / 'generic'}", *_common(plan, seed)]
     _locvlm(plan, f"{seed}-align", argv, output)
 
@@ -337,8 +341,9 @@ def _train_and_ask(plan: Plan, trained: Trained, seed: int) -> None:
         argv += ["--data", f"localize={data / trained.arm.data('train')}"]
     argv += [*_common(plan, seed), "--set", trained.mixture]
     argv += [part for place in trained.arm.places for part in ("--set", place)]
-    argv += ["--model", str(model.parent / "align")]
-    _locvlm(plan, f"{seed}-{trained.name}-train", argv, model)
+    argv += ["--model", str(model.parent / ALIGNED.name)]
+    if trained is not ALIGNED:
+        _locvlm(plan, f"{seed}-{trained.name}-train", argv, model)
     asking = ["predict", "--model", str(model), "--images", str(data / "scenes" / "images")]
     asking += ["--limit", str(QUESTIONS)]
     for name, about in trained.tasks.items():
@@ -409,16 +414,20 @@ def _unpack(plan: Plan, packed: Path) -> None:
     """Take the answers of this very run that are not here. Raises ConfigError where they are those of another."""
     if not packed.is_file():
         raise ConfigError(f"continuing the paper in miniature: there is no {packed}; leave out --continue")
-    with tarfile.open(packed) as archive:
-        named = archive.extractfile(_RUN) if _RUN in archive.getnames() else None
-        run = json.loads(named.read())["run"] if named else "one without a name"
-        if run != plan.root.name:
-            raise ConfigError(
-                f"continuing the paper in miniature: {packed} is of the run {run}, this one is {plan.root.name}: "
-                "settings, foundation or numbers of scenes differ; give the same, or leave out --continue"
-            )
-        missing = [member for member in archive if not (plan.root / member.name).exists() and member.name != _RUN]
-        archive.extractall(plan.root, missing, filter="data")
+    try:
+        with tarfile.open(packed) as archive:
+            named = archive.extractfile(_RUN) if _RUN in archive.getnames() else None
+            run = json.loads(named.read())["run"] if named else "one without a name"
+            if run == plan.root.name:
+                missing = [one for one in archive if one.name != _RUN and not (plan.root / one.name).exists()]
+                archive.extractall(plan.root, missing, filter="data")
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as fault:
+        raise ConfigError(f"continuing the paper in miniature: {packed} cannot be read: {fault}") from fault
+    if run != plan.root.name:
+        raise ConfigError(
+            f"continuing the paper in miniature: {packed} is of the run {run}, this one is {plan.root.name}: "
+            "settings, foundation or numbers of scenes differ; give the same, or leave out --continue"
+        )
 
 
 def page(plan: Plan) -> str:
@@ -450,8 +459,8 @@ and words of their own; stage 2 takes {stage.steps} steps of
 {stage.global_batch} images with {stage.conversations_per_image} questions each in every arm. No arm but `direct`
 is asked about sides in an image; {100 * STATED_SHARE:.0f} % of the questions of the others are about sides in scenes
 stated in words, of other names, so that the language model does not forget them. Where an arm lacks a location
-objective, captions and presence questions have its share. Arms take equally many questions, not tokens: a
-place costs more tokens than a yes.
+objective, captions and presence questions have its share. `align` is the model that all of
+them start from. Arms take equally many questions, not tokens: a place costs more tokens than a yes.
 
 A claim is *shown* when the 95 % interval of the difference over the seeds (Student's, a seed is one observation) lies
 above 0 in every figure named, and the better arm is above the floor, the best answer that never looks at the image;

@@ -16,7 +16,7 @@ from workflows import paper
 
 pytestmark = pytest.mark.slow
 
-ARGUMENTS = ["--seeds", "0", "--arms", "full", "none", "--steps", "2", "--scenes", "24", "6", "--jobs", "1"]
+ARGUMENTS = ["--seeds", "0", "--arms", "full", "none", "align", "--steps", "2", "--scenes", "24", "6", "--jobs", "1"]
 ARGUMENTS += ["--set", "stages.align.steps=2", "--set", "evaluation.max_new_tokens=8"]
 
 
@@ -46,6 +46,12 @@ def test_the_page_has_each_claim_with_a_verdict(run: Path) -> None:
     (row,) = [row for row in page.split("### a:")[1].splitlines() if row.startswith("| left or right, accuracy |")][:1]
     assert f"| {100 * contrast(better, other).difference:+.1f} | 50.0 | not shown |" in row  # one seed has no interval
     assert "| presence, asked directly in training | not run |" in page
+    arms = page.split("## All arms")[1]
+    assert [name for name in ("full", "none", "align", "direct", "loc") if f"\n| {name} |" in arms] == [
+        "full",
+        "none",
+        "align",
+    ]
     learned = json.loads((TINY_FOUNDATION / "recipe.json").read_text())
     tower, reading = learned["figures"]["tower"], learned["figures"]["reading"]
     (row,) = [line for line in page.splitlines() if line.startswith("| foundation: the tower tells what a patch shows")]
@@ -84,6 +90,9 @@ def test_answers_of_another_run_are_refused(run: Path, tmp_path: Path, capsys: p
     argv = ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "miniature.md"), "--continue"]
     assert paper.main(argv) == 2
     assert "settings, foundation or numbers of scenes differ" in capsys.readouterr().err
+    (tmp_path / "cut.answers.tar.xz").write_bytes((run / "miniature.answers.tar.xz").read_bytes()[:200])
+    assert paper.main([*argv, "--output", str(tmp_path / "cut.md")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
     assert paper.main([*argv, "--output", str(tmp_path / "other.md")]) == 2
     assert "there is no" in capsys.readouterr().err
 
