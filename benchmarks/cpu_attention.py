@@ -41,7 +41,7 @@ def make_batch(folder: Path) -> tuple[Any, Any]:
     draw_scenes(folder / "scenes", seed=1, n_train=40, n_test=1)
     (folder / "generic").mkdir()
     instances = read_instances(folder / "scenes" / "instances_train.json")
-    write_conversations(folder / "generic", build_generic(instances, None, 0))
+    write_conversations(folder / "generic", build_generic(instances, None, 0, config.coordinates.n_bins))
     loaded = start(config, None)
     stage, geometry = config.stages.instruct, make_geometry(config.geometry)
     assert stage is not None

@@ -46,7 +46,7 @@ def build_world(folder: Path, *overrides: str) -> World:
     data = {"generic": folder / "generic", "localize": folder / "localize"}
     for path in data.values():
         path.mkdir()
-    write_conversations(data["generic"], build_generic(instances, None, 0))
+    write_conversations(data["generic"], build_generic(instances, None, 0, stated_bins=48))
     built = build_localize_instruct(instances, InstructConfig(grouping="qa"), 0, None)
     write_conversations(data["localize"], getattr(built, "conversations", built))
     foundation = folder / "foundation"
