@@ -1,4 +1,4 @@
-"""The small equal dose of captions and questions that every compared arm is trained on."""
+"""Captions and questions that every compared arm is trained on alike: `locvlm data generic`."""
 
 from kfp import dsl
 
