@@ -108,7 +108,7 @@ def _presence(image: ImageRecord, categories: Sequence[str], rng: random.Random)
 def _sides(image: ImageRecord, objective: str) -> Iterator[Turn]:
     axis, length = (0, image.width) if objective == "left_right" else (1, image.height)
     for seen_from, located in permutations(usable_objects(image), 2):
-        shift = _centre(located, axis) - _centre(seen_from, axis)
+        shift = centre(located, axis) - centre(seen_from, axis)
         if abs(shift) < CLEARLY_APART * length:
             continue
         question = prompts.spatial_direct_question(seen_from.category, located.category)
@@ -116,5 +116,6 @@ def _sides(image: ImageRecord, objective: str) -> Iterator[Turn]:
         yield Turn(objective, category=located.category, question=question, answer=answer)
 
 
-def _centre(thing: ObjectRecord, axis: int) -> float:
+def centre(thing: ObjectRecord, axis: int) -> float:
+    """Of the object's box, in pixels: from the left (`axis` 0) or from the top (1)."""
     return (thing.box_xyxy[axis] + thing.box_xyxy[axis + 2]) / 2

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,29 @@ from workflows import paper
 
 pytestmark = pytest.mark.slow
 
-ARGUMENTS = ["--seeds", "0", "--arms", "full", "none", "align", "--steps", "2", "--scenes", "24", "6", "--jobs", "1"]
+ARGUMENTS = [
+    "--seeds",
+    "0",
+    "--arms",
+    "full",
+    "captions",
+    "align",
+    "--steps",
+    "2",
+    "--scenes",
+    "24",
+    "6",
+    "--jobs",
+    "1",
+]
 ARGUMENTS += ["--set", "stages.align.steps=2", "--set", "evaluation.max_new_tokens=8"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one arm that was started again with two."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a run of one arm that was started again with two; fewer questions are asked than there are."""
+    few = pytest.MonkeyPatch()
+    few.setattr(paper, "QUESTIONS", 5)
     folder = tmp_path_factory.mktemp("paper")
     arguments = [*ARGUMENTS, "--runs", str(folder / "runs"), "--output", str(folder / "miniature.md")]
     assert paper.main([*arguments[:4], *arguments[5:]]) == 0
@@ -30,7 +47,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = first.stat().st_mtime_ns
     assert paper.main(arguments) == 0
     assert first.stat().st_mtime_ns == before
-    return folder
+    yield folder
+    few.undo()
 
 
 @pytest.mark.timeout(280)
@@ -38,19 +56,21 @@ def test_the_page_has_each_claim_with_a_verdict(run: Path) -> None:
     page = (run / "miniature.md").read_text()
     rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ") and "**" in line}
     assert list(rows) == list("abcdefg")
-    assert "**not shown**" in rows["a"]  # above or below was not run
-    assert all("**not run**" in rows[letter] for letter in "bcdefg")
+    assert "**not shown**" in rows["c"]  # one seed has no interval
+    assert all("**not run**" in rows[letter] for letter in "abdefg")
     (root,) = (run / "runs").iterdir()
-    scored = [root / "predictions" / "0" / arm / "coco-spatial.metrics.json" for arm in ("full", "none")]
-    better, other = ([_figures(path)["accuracy"]["value"]] for path in scored)
-    (row,) = [row for row in page.split("### a:")[1].splitlines() if row.startswith("| left or right, accuracy |")][:1]
-    assert f"| {100 * contrast(better, other).difference:+.1f} | 50.0 | not shown |" in row  # one seed has no interval
+    scored = [root / "predictions" / "0" / arm / "expressions.metrics.json" for arm in ("captions", "full")]
+    better, other = ([_figures(path)["meteor"]["value"]] for path in scored)
+    (row,) = [row for row in page.split("### c:")[1].splitlines() if row.startswith("| METEOR ")]
+    assert f"| {100 * contrast(better, other).difference:+.1f} |  | not shown |" in row
+    objects = json.loads((root / "captioner.json").read_text())["objects"]
+    assert f"Of the {objects} objects of the training scenes it describes 0.0 %" in page
     assert "| presence, asked directly in training | not run |" in page
     arms = page.split("## All arms")[1]
-    assert [name for name in ("full", "none", "align", "direct", "loc") if f"\n| {name} |" in arms] == [
+    assert [name for name in ("full", "none", "align", "direct", "captions") if f"\n| {name} |" in arms] == [
         "full",
-        "none",
         "align",
+        "captions",
     ]
     learned = json.loads((TINY_FOUNDATION / "recipe.json").read_text())
     tower, reading = learned["figures"]["tower"], learned["figures"]["reading"]
@@ -64,12 +84,12 @@ def test_score_computes_the_figures_from_the_packed_answers_again(run: Path) -> 
     (root,) = (run / "runs").iterdir()
     with tarfile.open(run / "miniature.answers.tar.xz") as archive:
         archive.extractall(run / "unpacked", filter="data")
-    kept = run / "unpacked" / "predictions" / "0" / "none"
+    kept = run / "unpacked" / "predictions" / "0" / "captions"
     assert {path.name for path in kept.iterdir()} == {f"{task}.jsonl" for task in paper.TASKS}
-    argv = ["score", "--task", "presence", "--data", str(root / "questions" / "presence")]
-    argv += ["--predictions", str(kept / "presence.jsonl"), "--output", str(run / "again.json")]
+    argv = ["score", "--task", "presence", "--predictions", str(kept / "presence.jsonl")]
+    argv += ["--output", str(run / "again.json")]
     subprocess.run([sys.executable, "-m", "locvlm", *argv], check=True, capture_output=True)
-    scored = root / "predictions" / "0" / "none" / "presence.metrics.json"
+    scored = root / "predictions" / "0" / "captions" / "presence.metrics.json"
     assert _figures(run / "again.json") == _figures(scored)
 
 

@@ -1,4 +1,4 @@
-"""`locvlm data generic|localize-instruct`: training conversations."""
+"""`locvlm data generic|described|localize-instruct`: training conversations."""
 
 import argparse
 from collections import Counter
@@ -23,6 +23,12 @@ def add_verbs(nested: "argparse._SubParsersAction[Any]") -> None:
     add_annotation_options(generic)
     generic.add_argument("--captions", type=Path, metavar="FILE", help="COCO captions file")
     add_format_option(generic)
+
+    described = add_verb(
+        nested, "described", "objects described by the side of another: to teach a captioner", _described
+    )
+    add_annotation_options(described)
+    add_format_option(described)
 
     instruct = add_verb(nested, "localize-instruct", "LocPred, NegPred and RevLoc conversations", _localize_instruct)
     add_annotation_options(instruct)
@@ -66,6 +72,17 @@ def _generic(args: argparse.Namespace) -> None:
             )
         generic = build_generic(instances, captions, manifest.seed, config.coordinates.n_bins)
         write_dataset(args, config, folder, manifest, generic)
+
+    build_from_annotations(args, text_options(args, config), fill)
+
+
+def _described(args: argparse.Namespace) -> None:
+    from locvlm.data.described import build_described
+
+    config = read_config(args)
+
+    def fill(folder: Path, manifest: Manifest, instances: "Instances") -> None:
+        write_dataset(args, config, folder, manifest, build_described(instances))
 
     build_from_annotations(args, text_options(args, config), fill)
 
