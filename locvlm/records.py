@@ -11,11 +11,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from locvlm.errors import DataError
 
 BoxXYXY = tuple[float, float, float, float]
+Medium = Literal["image", "video"]
+
+# the first wins where a video is there twice
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
+
+
+def medium_of(file_name: str) -> Medium:
+    """What a file is by its name; animated GIFs are videos (TGIF-QA)."""
+    return "video" if file_name.lower().endswith((*VIDEO_SUFFIXES, ".gif")) else "image"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from locvlm.config import VideoConfig
-from locvlm.data.video import VIDEO_SUFFIXES, read_frames
+from locvlm.data.video import read_frames
 from locvlm.errors import DataError
 from locvlm.geometry import ImageGeometry
 from locvlm.pixels import safe_image_path
-from locvlm.records import read_manifest
+from locvlm.records import VIDEO_SUFFIXES, read_manifest
 
 FEATURES = "video-features"
 
@@ -25,11 +25,6 @@ class Seen:
     n_tokens: int
     pixels: npt.NDArray[np.uint8] | None = None
     features: npt.NDArray[np.float16] | None = None
-
-
-def is_video(name: str) -> bool:
-    """Whether a file name is that of a video, animated GIFs among them (TGIF-QA)."""
-    return name.lower().endswith((*VIDEO_SUFFIXES, ".gif"))
 
 
 def find_video(folder: Path, name: str) -> Path | None:

@@ -15,7 +15,7 @@ from locvlm import prompts
 from locvlm.data.coco import Instances, absent_categories, decode_json, read_bytes, usable_objects, whole
 from locvlm.data.stated import AXIS_WORDS, names_beside, stated_turns
 from locvlm.errors import DataError
-from locvlm.records import Conversation, ImageRecord, ObjectRecord, Turn
+from locvlm.records import Conversation, ImageRecord, Medium, ObjectRecord, Turn, medium_of
 
 PRESENCE_PER_KIND = 2  # present and absent categories asked for in each image, where there are as many
 CLEARLY_APART = 0.15  # centres of a pair differ by at least this share of the image's width (or height)
@@ -37,15 +37,16 @@ def build_generic(
       left_right or above_below, not both.
     - stated_left_right, stated_above_below: see `locvlm.data.stated`; nothing in them is about the image.
 
-    Objects come from `usable_objects`. An image without annotations gives at most a caption. Draws are keyed by
-    (seed, image id); a conversation is called `{image id}-{objective}-{number}`.
+    A file name of a video makes them conversations about a video. Objects come from `usable_objects`. An image without
+    annotations gives at most a caption. Draws are keyed by (seed, image id); a conversation is called `{image id}-{objective}-{number}`.
     """
     names = names_beside(instances.categories)
     for image in instances.images:
         rng = random.Random(f"{seed}/generic/{image.id}")
+        medium = medium_of(image.file_name)
         turns = [
             *_caption(image, (captions or {}).get(image.id, ()), rng),
-            *_presence(image, instances.categories, rng),
+            *_presence(image, instances.categories, rng, medium),
             *_sides(image, "left_right"),
             *_sides(image, "above_below"),
         ]
@@ -55,7 +56,7 @@ def build_generic(
         for turn in turns:
             name = f"{image.id}-{turn.objective}-{numbers[turn.objective]}"
             numbers[turn.objective] += 1
-            yield Conversation(name, image.file_name, image.width, image.height, turn.objective, (turn,))
+            yield Conversation(name, image.file_name, image.width, image.height, turn.objective, (turn,), medium)
 
 
 def read_captions(path: Path) -> dict[int, list[str]]:
@@ -96,13 +97,13 @@ def _caption(image: ImageRecord, captions: Sequence[str], rng: random.Random) ->
         yield Turn("caption", question=question, answer=f"A photo of {names}.")
 
 
-def _presence(image: ImageRecord, categories: Sequence[str], rng: random.Random) -> Iterator[Turn]:
+def _presence(image: ImageRecord, categories: Sequence[str], rng: random.Random, medium: Medium) -> Iterator[Turn]:
     present = sorted({thing.category for thing in image.objects})
     absent = absent_categories(image, categories)
     n = min(PRESENCE_PER_KIND, len(present), len(absent))
     for names, answer in ((present, "Yes"), (absent, "No")):
         for name in rng.sample(names, n):
-            yield Turn("presence", category=name, question=prompts.hallucination_question(name), answer=answer)
+            yield Turn("presence", category=name, question=prompts.hallucination_question(name, medium), answer=answer)
 
 
 def _sides(image: ImageRecord, objective: str) -> Iterator[Turn]:

@@ -7,13 +7,12 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from locvlm.data.coco import Instances, absent_categories
 from locvlm.errors import DataError
 from locvlm.prompts import hallucination_question
-
-Medium = Literal["image", "video"]
+from locvlm.records import Medium, medium_of
 
 FEW_PRESENT = "fewer categories present than questions asked about present ones"
 FEW_ABSENT = "fewer categories absent than questions asked about absent ones"
@@ -42,8 +41,10 @@ class PresenceSet:
 
 
 def build_presence(instances: Instances, seed: int, per_image: int = 2) -> PresenceSet:
-    """Hal-COCO: `ask_presence` of annotated images. A crowd region makes its category present."""
-    return ask_presence(_shown(instances), seed, per_image)
+    """Hal-COCO: `ask_presence` of annotated images, or of videos by their file names. A crowd region makes its category
+    present."""
+    medium = medium_of(instances.images[0].file_name) if instances.images else "image"
+    return ask_presence(_shown(instances), seed, per_image, medium)
 
 
 def ask_presence(shown: Iterable[Shown], seed: int, per_image: int = 2, medium: Medium = "image") -> PresenceSet:

@@ -37,9 +37,9 @@ from locvlm.data.panoptic import (
     read_panoptic,
     segment_boxes,
 )
-from locvlm.data.video import VIDEO_SUFFIXES, Sampling, frame_indices, read_frames
+from locvlm.data.video import Sampling, frame_indices, read_frames
 from locvlm.errors import DataError, LocVLMError
-from locvlm.records import atomic_write, encodable
+from locvlm.records import VIDEO_SUFFIXES, atomic_write, encodable
 
 log = logging.getLogger(__name__)
 

@@ -32,15 +32,15 @@ DRAWING = 1  # number of this drawing; raise it when the same seed would give ot
 
 _SIZES = ((96, 96), (96, 72), (72, 96))  # (width, height) in pixels; the tiny preset squashes all of them to 48 x 48
 _SIDES = (18, 28)  # sides of an object in pixels, both inclusive
-_GAP = 3  # free pixels between two objects
-_MARGIN = 2  # free pixels at the border
+GAP = 3  # free pixels between two objects
+MARGIN = 2  # free pixels at the border
 _GREY = (100, 200)  # level of the ground, both inclusive
 _N_OBJECTS = ((2, 0.18), (3, 0.36), (4, 0.46))  # objects an image and their shares
 _P_DUPLICATE = 0.12  # share of images in which one category occurs twice
 _P_CROWD = 0.03  # share of images in which one object is a crowd region
 _TRIES = 80  # places tried for one object before it is left out
 _SHARD_BYTES = 64 << 20
-_FIRST_TEST_ID = 500_001  # image ids of the test split start here, whatever the size of the training split
+FIRST_TEST_ID = 500_001  # image ids of the test split start here, whatever the size of the training split
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ CATEGORIES = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Blot:
+class Blot:
     """One painted shape: (x, y) of its top left pixel, sides in pixels."""
 
     x: int
@@ -80,22 +80,33 @@ class _Blot:
     width: int
     height: int
 
+    def is_apart(self, other: "Blot", gap: int) -> bool:
+        """Whether `gap` pixels or more lie between the two, across or down."""
+        return (
+            self.x >= other.x + other.width + gap
+            or other.x >= self.x + self.width + gap
+            or self.y >= other.y + other.height + gap
+            or other.y >= self.y + self.height + gap
+        )
+
 
 @dataclass(frozen=True, slots=True)
-class _Thing:
+class Thing:
     """One annotation: a single shape, or the shapes of a crowd region."""
 
     category: SceneCategory
-    blots: tuple[_Blot, ...]
+    blots: tuple[Blot, ...]
     is_crowd: bool
 
 
 @dataclass(frozen=True, slots=True)
-class _Scene:
+class Scene:
+    """What is shown: sides in pixels, the level of the ground, and what stands on it."""
+
     width: int
     height: int
     grey: int
-    things: tuple[_Thing, ...]
+    things: tuple[Thing, ...]
 
 
 def draw_scenes(
@@ -113,20 +124,20 @@ def draw_scenes(
     A finished folder of the same seed and sizes is left as it is. Raises DataError for a folder that holds something
     else; `force` replaces it when it is a finished folder of drawn scenes, never anything else.
     """
-    if not (1 <= n_train < _FIRST_TEST_ID and 1 <= n_test < _FIRST_TEST_ID):
+    if not (1 <= n_train < FIRST_TEST_ID and 1 <= n_test < FIRST_TEST_ID):
         raise DataError(
             f"drawing scenes: {n_train} training and {n_test} test scenes were asked for; "
-            f"each must lie between 1 and {_FIRST_TEST_ID - 1}"
+            f"each must lie between 1 and {FIRST_TEST_ID - 1}"
         )
     wanted = {"drawing": DRAWING, "seed": seed, "test": n_test, "train": n_train, **({"shards": 1} if shards else {})}
-    if _already_there(output, wanted, force):
+    if already_there(output, "scenes", wanted, force):
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         folder.chmod(0o755)
         counts: Counter[str] = Counter()
-        for split, first_id, n in (("train", 1, n_train), ("test", _FIRST_TEST_ID, n_test)):
+        for split, first_id, n in (("train", 1, n_train), ("test", FIRST_TEST_ID, n_test)):
             counts += _draw_split(folder, seed, split, range(first_id, first_id + n))
         counts += _write_questions(folder, seed)
         counts["images"] = n_train + n_test
@@ -134,27 +145,29 @@ def draw_scenes(
             _pack(folder)
         extra = {"scenes": wanted, "categories": [category.name for category in CATEGORIES]}
         write_manifest(folder, Manifest("scenes", counts=dict(sorted(counts.items())), seed=seed, extra=extra))
-        _move_into_place(folder, output)
+        move_into_place(folder, output)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _already_there(output: Path, wanted: dict[str, int], force: bool) -> bool:
+def already_there(output: Path, what: str, wanted: dict[str, int], force: bool) -> bool:
+    """Whether the folder is finished and of the same seed and sizes; `what`: scenes or clips. Raises DataError for one
+    that holds something else, unless it is finished and `force` is given."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     manifest = read_manifest(output) if (output / "manifest.json").is_file() else {}
-    if manifest.get("dataset") != "scenes":
+    if manifest.get("dataset") != what:
         raise DataError(
-            f"drawing scenes into {output}: it exists and is not a finished folder of drawn scenes; "
-            "name another folder, or remove this one yourself"
+            f"drawing {what} into {output}: it exists and is not a finished folder of drawn {what}; "
+            "name another folder, or remove it yourself"
         )
-    found = manifest.get("scenes")
+    found = manifest.get(what)
     if found == wanted:
         return True
     if not force:
         raise DataError(
-            f"drawing scenes into {output}: it holds the scenes {found}, asked for were {wanted}; "
+            f"drawing {what} into {output}: it holds the {what} {found}, asked for were {wanted}; "
             "name another folder, or pass --force to replace it"
         )
     return False
@@ -170,7 +183,8 @@ def _pack(folder: Path) -> None:
     shutil.rmtree(loose)
 
 
-def _move_into_place(folder: Path, output: Path) -> None:
+def move_into_place(folder: Path, output: Path) -> None:
+    """Rename the finished folder, in the place of what is there."""
     if not output.exists():
         folder.rename(output)
         return
@@ -183,28 +197,48 @@ def _move_into_place(folder: Path, output: Path) -> None:
 def _draw_split(folder: Path, seed: int, split: str, image_ids: Sequence[int]) -> Counter[str]:
     images_dir = folder / "images" / split
     images_dir.mkdir(parents=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    captions: list[dict[str, Any]] = []
+    drawn = []
     for image_id in image_ids:
-        scene = _compose(random.Random(f"{seed}/{split}/{image_id}"))
-        pixels, masks = _paint(scene)
+        scene = compose(random.Random(f"{seed}/{split}/{image_id}"))
+        pixels, masks = paint(scene)
         name = f"{image_id:06d}.png"
         Image.fromarray(pixels).save(images_dir / name, format="PNG", compress_level=6)
-        images.append({"id": image_id, "file_name": f"{split}/{name}", "width": scene.width, "height": scene.height})
-        for thing, mask in zip(scene.things, masks, strict=True):
-            annotations.append(_annotation(len(annotations) + image_ids[0], image_id, thing, mask))
-        captions.append({"id": image_id, "image_id": image_id, "caption": _caption(scene)})
-    info = {"description": "LocVLM drawn scenes", "version": str(DRAWING), "seed": seed, "split": split}
+        annotations = [annotation(thing, mask) for thing, mask in zip(scene.things, masks, strict=True)]
+        caption = f"A photo of {shown_names(scene)}."
+        drawn.append(Drawn(image_id, f"{split}/{name}", scene.width, scene.height, caption, annotations))
+    write_split(folder, split, {"description": "LocVLM drawn scenes", "version": str(DRAWING), "seed": seed}, drawn)
+    n_objects = sum(len(one.annotations) for one in drawn)
+    return Counter({f"images_{split}": len(drawn), f"objects_{split}": n_objects})
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One image or clip. `annotations`: as `annotation` makes them."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+    caption: str
+    annotations: Sequence[dict[str, Any]]
+
+
+def write_split(folder: Path, split: str, info: dict[str, Any], drawn: Sequence[Drawn]) -> None:
+    """instances_{split}.json and captions_{split}.json, with ids for the annotations from the first image's on."""
+    images = [{"id": one.id, "file_name": one.file_name, "width": one.width, "height": one.height} for one in drawn]
+    owned = [(one.id, about) for one in drawn for about in one.annotations]
+    annotations = [
+        {"id": number, "image_id": image_id, **about} for number, (image_id, about) in enumerate(owned, drawn[0].id)
+    ]
+    captions = [{"id": one.id, "image_id": one.id, "caption": one.caption} for one in drawn]
     licenses = [{"id": 1, "name": "as the project's code", "url": ""}]
     categories = [{"id": c.id, "name": c.name, "supercategory": c.supercategory} for c in CATEGORIES]
-    common = {"info": info, "licenses": licenses, "images": images}
+    common = {"info": {**info, "split": split}, "licenses": licenses, "images": images}
     _write_compact(folder / f"instances_{split}.json", {**common, "annotations": annotations, "categories": categories})
     _write_compact(folder / f"captions_{split}.json", {**common, "annotations": captions})
-    return Counter({f"images_{split}": len(images), f"objects_{split}": len(annotations)})
 
 
-def _compose(rng: random.Random) -> _Scene:
+def compose(rng: random.Random) -> Scene:
     """What is in a scene and where, from one generator."""
     width, height = rng.choice(_SIZES)
     grey = rng.randint(*_GREY)
@@ -214,40 +248,35 @@ def _compose(rng: random.Random) -> _Scene:
     has_crowd = event < _P_CROWD
     if _P_CROWD <= event < _P_CROWD + _P_DUPLICATE:
         kinds[-1] = kinds[0]
-    things: list[_Thing] = []
-    slots: list[_Blot] = []
+    things: list[Thing] = []
+    slots: list[Blot] = []
     for number, kind in enumerate(kinds):
         is_crowd = has_crowd and number == 0  # the first object always finds a place
         slot = _find_place(rng, (width, height), slots)
         if slot is not None:
             slots.append(slot)
-            things.append(_Thing(kind, _crowd_blots(rng, slot) if is_crowd else (slot,), is_crowd))
-    return _Scene(width, height, grey, tuple(things))
+            things.append(Thing(kind, _crowd_blots(rng, slot) if is_crowd else (slot,), is_crowd))
+    return Scene(width, height, grey, tuple(things))
 
 
-def _find_place(rng: random.Random, size: tuple[int, int], taken: Sequence[_Blot]) -> _Blot | None:
+def _find_place(rng: random.Random, size: tuple[int, int], taken: Sequence[Blot]) -> Blot | None:
     """A box that keeps the gap to all others, or None when no try fits."""
     for _ in range(_TRIES):
         width, height = rng.randint(*_SIDES), rng.randint(*_SIDES)
-        x = rng.randint(_MARGIN, size[0] - _MARGIN - width)
-        y = rng.randint(_MARGIN, size[1] - _MARGIN - height)
-        if all(
-            x >= other.x + other.width + _GAP
-            or other.x >= x + width + _GAP
-            or y >= other.y + other.height + _GAP
-            or other.y >= y + height + _GAP
-            for other in taken
-        ):
-            return _Blot(x, y, width, height)
+        x = rng.randint(MARGIN, size[0] - MARGIN - width)
+        y = rng.randint(MARGIN, size[1] - MARGIN - height)
+        blot = Blot(x, y, width, height)
+        if all(blot.is_apart(other, GAP) for other in taken):
+            return blot
     return None
 
 
-def _crowd_blots(rng: random.Random, slot: _Blot) -> tuple[_Blot, ...]:
+def _crowd_blots(rng: random.Random, slot: Blot) -> tuple[Blot, ...]:
     """Five small shapes in the nine cells of a slot."""
     cell_width, cell_height = slot.width // 3, slot.height // 3
     cells = sorted(rng.sample(range(9), 5))
     return tuple(
-        _Blot(slot.x + cell % 3 * cell_width, slot.y + cell // 3 * cell_height, cell_width - 1, cell_height - 1)
+        Blot(slot.x + cell % 3 * cell_width, slot.y + cell // 3 * cell_height, cell_width - 1, cell_height - 1)
         for cell in cells
     )
 
@@ -267,7 +296,7 @@ def _stencil(shape: str, width: int, height: int) -> NDArray[np.bool_]:
     return triangle
 
 
-def _paint(scene: _Scene) -> tuple[NDArray[np.uint8], list[NDArray[np.bool_]]]:
+def paint(scene: Scene) -> tuple[NDArray[np.uint8], list[NDArray[np.bool_]]]:
     """The picture [height, width, 3] and the mask [height, width] of every thing."""
     pixels = np.full((scene.height, scene.width, 3), scene.grey, dtype=np.uint8)
     masks = []
@@ -281,14 +310,13 @@ def _paint(scene: _Scene) -> tuple[NDArray[np.uint8], list[NDArray[np.bool_]]]:
     return pixels, masks
 
 
-def _annotation(annotation_id: int, image_id: int, thing: _Thing, mask: NDArray[np.bool_]) -> dict[str, Any]:
+def annotation(thing: Thing, mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """What COCO says of a thing, but for the ids of the annotation and of the image. `mask`: where it is painted."""
     x = min(blot.x for blot in thing.blots)
     y = min(blot.y for blot in thing.blots)
     right = max(blot.x + blot.width for blot in thing.blots)
     bottom = max(blot.y + blot.height for blot in thing.blots)
     return {
-        "id": annotation_id,
-        "image_id": image_id,
         "category_id": thing.category.id,
         "bbox": [float(x), float(y), float(right - x), float(bottom - y)],
         "area": float(mask.sum()),
@@ -297,7 +325,7 @@ def _annotation(annotation_id: int, image_id: int, thing: _Thing, mask: NDArray[
     }
 
 
-def _polygon(shape: str, blot: _Blot) -> list[float]:
+def _polygon(shape: str, blot: Blot) -> list[float]:
     """The outline as COCO writes it: x, y, x, y ..."""
     left, top, right, bottom = blot.x, blot.y, blot.x + blot.width, blot.y + blot.height
     if shape == "square":
@@ -321,9 +349,9 @@ def _run_lengths(mask: NDArray[np.bool_]) -> dict[str, list[int]]:
     return {"counts": [int(run) for run in runs], "size": [int(side) for side in mask.shape]}
 
 
-def _caption(scene: _Scene) -> str:
+def shown_names(scene: Scene) -> str:
     """The categories by name, each once: no word about places, which only the location objectives may teach."""
-    return f"A photo of {joined_names({thing.category.name for thing in scene.things})}."
+    return joined_names({thing.category.name for thing in scene.things})
 
 
 def _write_questions(folder: Path, seed: int) -> Counter[str]:

@@ -32,9 +32,6 @@ from locvlm.errors import DataError
 
 Sampling = Literal["vcgpt", "segment_centre"]
 
-# the first wins where a video is there twice
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
-
 # codecs of which every packet with a time stamp gives one frame (VP8 has hidden frames, MPEG-4 in AVI packs two)
 _ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "av1", "vp9", "mjpeg"})
 _MAX_REORDER = 16  # H.264 and HEVC hold back at most 16 frames; more is a jump of the clock

@@ -8,11 +8,11 @@ from typing import Protocol, TypeVar
 from PIL import Image, ImageOps
 
 from locvlm.config import EvaluationConfig, ExperimentConfig, FamilyConfig, VideoConfig
-from locvlm.data.frames import find_video, is_video, open_frames
+from locvlm.data.frames import find_video, open_frames
 from locvlm.data.names import coco_image_id
 from locvlm.errors import DataError
 from locvlm.pixels import ImageSource
-from locvlm.records import leads_out
+from locvlm.records import leads_out, medium_of
 
 _T = TypeVar("_T")
 
@@ -37,7 +37,7 @@ class Ask:
 
     def open(self) -> Image.Image | list[Image.Image]:
         """The decoded image, or the frames of a video for a model that takes them. Raises DataError."""
-        if is_video(self.name):
+        if medium_of(self.name) == "video":
             frames = open_frames(self.images.path, self.name, self.video)
             return frames if self.video is not None else frames[0]
         image = self.images.open(self.name)
@@ -73,7 +73,7 @@ def locate(sources: Sequence[ImageSource], name: str) -> tuple[ImageSource, str]
     number = coco_image_id(name)
     for wanted in (name,) if number is None else (name, f"{number:012d}.jpg"):
         for source in sources:
-            if source.has(wanted) or (is_video(wanted) and find_video(source.path, wanted)):
+            if source.has(wanted) or (medium_of(wanted) == "video" and find_video(source.path, wanted)):
                 return source, wanted
     return None
 

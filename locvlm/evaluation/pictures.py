@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from locvlm.config import VideoConfig
-from locvlm.data.frames import is_video, open_frames
+from locvlm.data.frames import open_frames
 from locvlm.data.pages import Picture, picture
 from locvlm.errors import DataError
 from locvlm.evaluation.arms import Arm, Result
@@ -19,6 +19,7 @@ from locvlm.evaluation.asks import locate
 from locvlm.evaluation.metrics import items_of, meteor
 from locvlm.geometry import to_rgb
 from locvlm.pixels import ImageSource
+from locvlm.records import medium_of
 
 Blur = Callable[[Image.Image], Image.Image]
 
@@ -148,7 +149,7 @@ def _view(images: Sequence[ImageSource], name: str, mirror: bool, blur: Blur | N
         if found is None:
             return None
         source, there = found
-        shown = open_frames(source.path, there, _FRAMES) if is_video(there) else [source.open(there)]
+        shown = open_frames(source.path, there, _FRAMES) if medium_of(there) == "video" else [source.open(there)]
         image = _in_rows([one if blur is None else blur(one) for one in shown])
         return picture(ImageOps.mirror(image) if mirror else image)
     except DataError:

@@ -17,12 +17,12 @@ from typing import Any
 from PIL import Image
 
 from locvlm.config import EvaluationConfig, ExperimentConfig, FamilyConfig
-from locvlm.data.frames import is_video
 from locvlm.errors import ConfigError, DataError
 from locvlm.evaluation.asks import Ask, Unanswered
 from locvlm.evaluation.endpoint import KEY_VARIABLE, OPENAI_URL, Endpoint, Fault, ReplyCache, endpoint_key
 from locvlm.geometry import to_rgb
 from locvlm.prompts import render_family
+from locvlm.records import medium_of
 
 _SENT_AS_STORED = {"JPEG": "image/jpeg", "PNG": "image/png"}
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -133,7 +133,7 @@ def _data_uris(ask: Ask) -> list[str]:
     """The image of an ask, or the frames of its video, as data URIs. A JPEG or PNG file goes as it is stored, unless it
     asks to be turned: annotations are of the stored pixels."""
     opened = ask.open()
-    if isinstance(opened, Image.Image) and not ask.mirror and not is_video(ask.name):
+    if isinstance(opened, Image.Image) and not ask.mirror and medium_of(ask.name) == "image":
         with ask.images.stream(ask.name) as file:
             data = file.read()
         stored = Image.open(io.BytesIO(data))

@@ -3,6 +3,7 @@
 import argparse
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from locvlm.cli.configuration import read_config
 from locvlm.cli.data.building import add_annotation_options, add_verb, build_from_annotations, named_inputs, tracked
 from locvlm.config import ExperimentConfig
 from locvlm.errors import DataError
-from locvlm.records import Conversation, Manifest
+from locvlm.records import Conversation, Manifest, medium_of
 
 if TYPE_CHECKING:
     from locvlm.data.coco import Instances
@@ -116,8 +117,10 @@ def _localize_instruct(args: argparse.Namespace) -> None:
             instances, config.instruct, manifest.seed, captions, make_geometry(config.geometry)
         )
         conversations: Iterable[Conversation] = built
+        if any(medium_of(image.file_name) != "image" for image in instances.images):
+            conversations = (replace(one, medium=medium_of(one.image)) for one in built)
         if args.freeze_templates:
-            conversations = frozen(built, _renderer(config, manifest.seed))
+            conversations = frozen(conversations, _renderer(config, manifest.seed))
         write_dataset(args, config, folder, manifest, conversations)
         manifest.skipped |= skipped + built.skipped
         manifest.extra["notes"] |= built.notes

@@ -1,6 +1,8 @@
-"""`locvlm data scenes|coco`: annotated images."""
+"""`locvlm data scenes|clips|coco`: annotated images and clips."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,10 @@ def add_verbs(nested: "argparse._SubParsersAction[Any]") -> None:
 
     scenes.add_argument("--shards", action="store_true", help="images as tar shards with an index, not as loose files")
 
+    clips = add_verb(nested, "clips", "draw clips of coloured shapes, some of which move, annotated likewise", _clips)
+    clips.add_argument("--n-train", type=positive, default=2000, metavar="N", help="training clips (%(default)s)")
+    clips.add_argument("--n-test", type=positive, default=400, metavar="N", help="test clips (%(default)s)")
+
     coco = add_verb(nested, "coco", "check a COCO file and its images, and split it into train and test", _coco)
     add_annotation_options(coco)
     coco.add_argument("--captions", type=Path, metavar="FILE", help="COCO captions file, split likewise")
@@ -40,11 +46,21 @@ def add_verbs(nested: "argparse._SubParsersAction[Any]") -> None:
 def _scenes(args: argparse.Namespace) -> None:
     from locvlm.data.scenes import draw_scenes
 
+    _draw(args, partial(draw_scenes, shards=args.shards))
+
+
+def _clips(args: argparse.Namespace) -> None:
+    from locvlm.data.clips import draw_clips
+
+    _draw(args, draw_clips)
+
+
+def _draw(args: argparse.Namespace, draw: Callable[..., None]) -> None:
     seed = seed_of(args, read_config(args))
     manifest = args.output / "manifest.json"
     before = _stamp(manifest)
     with writing(args.output):
-        draw_scenes(args.output, seed, args.n_train, args.n_test, shards=args.shards, force=args.force)
+        draw(args.output, seed, args.n_train, args.n_test, force=args.force)
     if _stamp(manifest) == before:
         say_built(args)
     else:
