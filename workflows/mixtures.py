@@ -14,14 +14,14 @@ STATED_SHARE = 0.20  # about sides in words
 OBJECTIVES = tuple(LOCATION_SHARES)
 
 
-def arm_mixture(objectives: Sequence[str], stated: str = "stated_left_right") -> str:
-    """The override for stage 2 of an arm with these location objectives; shares add up to 1."""
+def arm_mixture(objectives: Sequence[str], stated: str = "stated_left_right", stage: str = "instruct") -> str:
+    """The override for a stage of an arm with these location objectives; shares add up to 1."""
     own = {objective: LOCATION_SHARES[objective] for objective in objectives}
     free = (sum(LOCATION_SHARES.values()) - sum(own.values())) / 2
     shares = [("generic", name, round(share + free, 4)) for name, share in GENERIC_SHARES.items()]
     shares.append(("generic", stated, STATED_SHARE))
     shares += [("localize", *share) for share in own.items()]
-    return f"stages.instruct.mixture={mixture(shares)}"
+    return f"stages.{stage}.mixture={mixture(shares)}"
 
 
 def mixture(shares: Sequence[tuple[str, str, float]]) -> str:

@@ -40,7 +40,13 @@ from workflows.provenance import run_name
 STEPS = 500  # of stage 2
 N_TRAIN, N_TEST = 8000, 1000  # scenes
 SCENES_SEED = 20240617  # no other run of the project draws it
-CAPTIONER_SEED = 20240620  # nor this one
+CAPTIONER_SEED, CLIPS_SEED = 20240620, 20240621  # nor one of these
+VIDEO_STEPS = 150  # of stage 3, or as many as of stage 2 where those are fewer
+VIDEO_SETTINGS = (
+    "video={n_frames: 4}",
+    "stages.video={trainable: [adapter, language], learning_rate: 0.001, warmup_ratio: 0.1, betas: [0.9, 0.98], "
+    "global_batch: 32, conversations_per_image: 8, precision: bf16, steps: %d}",
+)
 QUESTIONS = 1000  # of a task
 GATE = 0.9
 _RUN = "run.json"  # in the packed answers
@@ -55,17 +61,24 @@ TASKS = {
     "localization": "data/{localize}",
     "region-description": "data/{localize}",
 }
+CLIP_TASKS = {
+    "coco-spatial": "questions/clips-left-right",
+    "presence": "questions/clips-presence",
+    "localization": "data/clips-localize-test",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
     """An arm of the ablations that is asked about one axis, in words in training. `shares`: of stage 2, where they are
-    not those of `arm`; `captioned`: objects are named by pseudo-captions, else by their category."""
+    not those of `arm`; `captioned`: objects are named by pseudo-captions, else by their category; `video`: it is the
+    full image arm after a video stage with these objectives."""
 
     arm: Arm
     axis: str = HORIZONTAL
     shares: tuple[tuple[str, str, float], ...] = ()
     captioned: bool = False
+    video: bool = False
 
     @property
     def name(self) -> str:
@@ -74,19 +87,38 @@ class Trained:
 
     @property
     def mixture(self) -> str:
-        """The override for stage 2: shares that add up to 1."""
+        """The override for its last stage: shares that add up to 1."""
         if self.shares:
-            return f"stages.instruct.mixture={mixture(self.shares)}"
-        return arm_mixture(self.arm.objectives, STATED[self.axis])
+            return f"stages.{self.stage}.mixture={mixture(self.shares)}"
+        return arm_mixture(self.arm.objectives, STATED[self.axis], self.stage)
+
+    @property
+    def stage(self) -> str:
+        """The last one."""
+        return "video" if self.video else "instruct"
+
+    @property
+    def generic_data(self) -> str:
+        """The name of its generic set."""
+        return "clips-generic" if self.video else "generic"
 
     @property
     def train_data(self) -> str:
         """The name of its Localize-Instruct set."""
+        if self.video:
+            return "clips-localize-train"
         return self.arm.data("train") + ("-captions" if self.captioned else "")
+
+    @property
+    def images(self) -> str:
+        """What it is shown, below the run's folder."""
+        return "data/clips/videos" if self.video else "data/scenes/images"
 
     @property
     def tasks(self) -> dict[str, str]:
         """Task -> what it asks about, below the run's folder. Of the second axis its own questions alone."""
+        if self.video:
+            return CLIP_TASKS
         names = list(TASKS) if self.axis == HORIZONTAL else ["coco-spatial"]
         return {name: TASKS[name].format(axis=self.axis, localize=self.arm.data("test")) for name in names}
 
@@ -106,8 +138,9 @@ DIRECT = Trained(
 # asked without stage 2: what every arm starts from
 ALIGNED = Trained(Arm("align", "before stage 2", ()))
 CAPTIONS = Trained(Arm("captions", "pseudo-captions", ()), captioned=True)
+IMAGE_ARM = Trained(FULL)
 MINIATURE = (
-    Trained(FULL),
+    IMAGE_ARM,
     Trained(_NONE),
     ALIGNED,
     DIRECT,
@@ -115,6 +148,8 @@ MINIATURE = (
     Trained(_NONE, VERTICAL),
     *(Trained(_BY_NAME[name]) for name in ("loc", "loc-neg", "nfp", "diga", "point")),
     CAPTIONS,
+    Trained(Arm("video-full", "video: all objectives", ()), video=True),
+    Trained(Arm("video-none", "video: no location objective", (), ()), video=True),
 )
 
 
@@ -125,8 +160,7 @@ class Claim:
     letter: str
     text: str
     tables: str
-    contrasts: tuple[tuple[str, str, str, str, str], ...] = ()
-    why_not: str = ""
+    contrasts: tuple[tuple[str, str, str, str, str], ...]
 
 
 EXPRESSIONS = "expressions"  # the answers of region-description against descriptions; of the arms of claim c
@@ -183,7 +217,15 @@ CLAIMS = (
         "11",
         (("full", "point", *_SIDE, "left or right, accuracy"),),
     ),
-    Claim("g", "video objectives help", "12", why_not="there are no drawn clips yet"),
+    Claim(
+        "g",
+        "video objectives help",
+        "12",
+        (
+            ("video-full", "video-none", *_SIDE, "clips: left or right, accuracy"),
+            ("video-full", "video-none", *_PRESENCE, "clips: presence, accuracy"),
+        ),
+    ),
 )
 
 
@@ -201,6 +243,18 @@ class Plan:
     arms: list[Trained]
     scenes: Sequence[int]  # to train on, to ask about
     jobs: int
+
+    @property
+    def video_settings(self) -> tuple[str, str]:
+        """Overrides for stage 3."""
+        return VIDEO_SETTINGS[0], VIDEO_SETTINGS[1] % self.video_steps
+
+    @property
+    def video_steps(self) -> int:
+        """Of stage 3."""
+        stage = self.config.stages.instruct
+        assert stage is not None
+        return min(stage.steps or VIDEO_STEPS, VIDEO_STEPS)
 
     def metrics(self, arm: str, seed: int, task: str) -> Path:
         """The figures of one task."""
@@ -291,6 +345,9 @@ def _run(plan: Plan) -> None:
         list(pool.map(partial(_align, plan), seeds))
     if any(arm.captioned and not _has_answered(plan, arm, seed) for arm, seed in chains):
         _caption(plan, seeds[0])
+    seeds = sorted({seed for arm, seed in chains if arm.video and not _has_answered(plan, arm, seed)})
+    with ThreadPoolExecutor(plan.jobs) as pool:  # what the video stage starts from
+        list(pool.map(partial(_train, plan, IMAGE_ARM), seeds))
     n_done = len(plan.seeds) * len(plan.arms) - len(chains)
     began, n_before = time.monotonic(), n_done
     _tell(plan, n_done, n_before, began, "")
@@ -329,6 +386,21 @@ def _data_steps(plan: Plan) -> Iterator[tuple[str, list[str], Path]]:
                 made.add(name)
                 yield name, ["data", "localize-instruct", *annotations, *places], data / name
     yield "described", ["data", "described", *test], data / "described-test"
+    if any(arm.video for arm in plan.arms):
+        yield from _clip_steps(plan)
+
+
+def _clip_steps(plan: Plan) -> Iterator[tuple[str, list[str], Path]]:
+    data, clips = plan.root / "data", plan.root / "data" / "clips"
+    sizes = ["--n-train", str(plan.scenes[0]), "--n-test", str(plan.scenes[1])]
+    yield "clips", ["data", "clips", "--seed", str(CLIPS_SEED), *sizes], clips
+    train, test = (["--annotations", str(clips / f"instances_{split}.json")] for split in ("train", "test"))
+    captions = ["--captions", str(clips / "captions_train.json")]
+    yield "clips-generic", ["data", "generic", *train, *captions], data / "clips-generic"
+    yield "clips-train", ["data", "localize-instruct", *train], data / "clips-localize-train"
+    yield "clips-test", ["data", "localize-instruct", *test], plan.root / CLIP_TASKS["localization"]
+    yield "clips-left-right", ["data", "coco-spatial", *test], plan.root / CLIP_TASKS["coco-spatial"]
+    yield "clips-presence", ["data", "hallucination", *test], plan.root / CLIP_TASKS["presence"]
 
 
 def _align(plan: Plan, seed: int) -> None:
@@ -349,7 +421,7 @@ def _caption(plan: Plan, seed: int) -> None:
     aligned = plan.root / "models" / str(seed) / ALIGNED.name
     captioner = plan.root / "models" / "captioner"
     argv = ["train", "--stage", "instruct", "--data", f"described={taught}", "--model", str(aligned)]
-    argv += [*_common(plan, seed, scenes), "--set", "stages.instruct.mixture=[{source: described}]"]
+    argv += [*_common(plan, seed, scenes / "images"), "--set", "stages.instruct.mixture=[{source: described}]"]
     _locvlm(plan, "captioner-train", argv, captioner)
     instances, captions = data / "scenes" / "instances_train.json", data / "captions.jsonl"
     about = ["--preset", "tiny", "--annotations", str(instances)]
@@ -366,11 +438,8 @@ def _caption(plan: Plan, seed: int) -> None:
         json.dump({"objects": len(wanted), "word for word": n_same}, file)
 
 
-def _express(plan: Plan, trained: Trained, seed: int) -> None:
-    """Score what the arm said of regions against what `locvlm data described` has of the same objects."""
-    path = plan.metrics(trained.name, seed, EXPRESSIONS)
-    if path.exists():
-        return
+def _express(plan: Plan, trained: Trained, seed: int) -> Path:
+    """What the arm said of regions, to be scored against what `locvlm data described` has of the same objects."""
     told = {}
     for one in open_conversations(plan.root / "data" / "described-test"):
         turn = one.turns[0]
@@ -382,26 +451,32 @@ def _express(plan: Plan, trained: Trained, seed: int) -> None:
     against = plan.root / EXPRESSIONS / str(seed) / f"{trained.name}.jsonl"
     against.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(against, rows)
-    argv = ["score", "--task", "region-description", "--predictions", str(against)]
-    _locvlm(plan, f"{seed}-{trained.name}-express", argv, path)
+    return against
 
 
 def _arm(plan: Plan, trained: Trained, seed: int) -> str:
     """Train and ask, unless the answers are there; score. Returns a line about it."""
     if not _has_answered(plan, trained, seed):
         _train_and_ask(plan, trained, seed)
-    found = []
-    written = _places(plan, trained)
-    for name in trained.tasks:
-        path = plan.metrics(trained.name, seed, name)
-        # answers carry their references; of a whole set those that were not asked would count as wrong
-        about = ["--task", name, "--predictions", str(plan.answers(trained.name, seed, name)), "--config", str(written)]
-        _locvlm(plan, f"{seed}-{trained.name}-score", ["score", *about], path)
-        found.append((name, read_metrics(path)))
+    _score(plan, trained, seed)
+    found = ((name, read_metrics(plan.metrics(trained.name, seed, name))) for name in trained.tasks)
     figures = (f"{name} {100 * values['figures'][values['primary']]['value']:.1f}" for name, values in found)
-    if trained.name in _EXPRESSED:
-        _express(plan, trained, seed)
     return f"seed {seed}, {trained.name}: {', '.join(figures)}"
+
+
+def _score(plan: Plan, trained: Trained, seed: int) -> None:
+    """What `locvlm predict` has not scored. Answers carry their references: of a whole set those that were not asked
+    would count as wrong."""
+    answers = {name: (name, plan.answers(trained.name, seed, name)) for name in trained.tasks}
+    if trained.name in _EXPRESSED:
+        answers[EXPRESSIONS] = ("region-description", _express(plan, trained, seed))
+    argv = []
+    for name, (task, path) in answers.items():
+        output = plan.metrics(trained.name, seed, name)
+        if not output.is_file():
+            argv += ["--task", task, "--predictions", str(path), "--output", str(output)]
+    if argv:
+        _locvlm(plan, f"{seed}-{trained.name}-score", ["score", *argv, "--config", str(_places(plan, trained))])
 
 
 def _places(plan: Plan, trained: Trained) -> Path:
@@ -413,18 +488,25 @@ def _places(plan: Plan, trained: Trained) -> Path:
     return path
 
 
-def _train_and_ask(plan: Plan, trained: Trained, seed: int) -> None:
+def _train(plan: Plan, trained: Trained, seed: int) -> None:
+    """Its last stage."""
     model = plan.root / "models" / str(seed) / trained.name
     data = plan.root / "data"
-    argv = ["train", "--stage", "instruct", "--data", f"generic={data / 'generic'}"]
+    argv = ["train", "--stage", trained.stage, "--data", f"generic={data / trained.generic_data}"]
     if trained.arm.objectives:
         argv += ["--data", f"localize={data / trained.train_data}"]
-    argv += [*_common(plan, seed), "--set", trained.mixture]
-    argv += [part for place in trained.arm.places for part in ("--set", place)]
-    argv += ["--model", str(model.parent / ALIGNED.name)]
+    settings = [*trained.arm.places, *plan.video_settings] if trained.video else [*trained.arm.places]
+    argv += _common(plan, seed, plan.root / trained.images)
+    argv += [part for setting in (*settings, trained.mixture) for part in ("--set", setting)]
+    argv += ["--model", str(model.parent / (IMAGE_ARM if trained.video else ALIGNED).name)]
+    _locvlm(plan, f"{seed}-{trained.name}-train", argv, model)
+
+
+def _train_and_ask(plan: Plan, trained: Trained, seed: int) -> None:
     if trained is not ALIGNED:
-        _locvlm(plan, f"{seed}-{trained.name}-train", argv, model)
-    asking = ["predict", "--model", str(model), "--images", str(data / "scenes" / "images")]
+        _train(plan, trained, seed)
+    model = plan.root / "models" / str(seed) / trained.name
+    asking = ["predict", "--model", str(model), "--images", str(plan.root / trained.images)]
     asking += ["--limit", str(QUESTIONS)]
     for name, about in trained.tasks.items():
         asking += ["--task", name, "--data", str(plan.root / about)]
@@ -432,9 +514,9 @@ def _train_and_ask(plan: Plan, trained: Trained, seed: int) -> None:
     _locvlm(plan, f"{seed}-{trained.name}-predict", asking)
 
 
-def _common(plan: Plan, seed: int, scenes: Path | None = None) -> list[str]:
+def _common(plan: Plan, seed: int, images: Path | None = None) -> list[str]:
     overrides = [part for override in (*plan.overrides, f"seed={seed}") for part in ("--set", override)]
-    images = (scenes or plan.root / "data" / "scenes") / "images"
+    images = images or plan.root / IMAGE_ARM.images
     return ["--preset", "tiny", *overrides, "--images", str(images), "--workers", "0"]
 
 
@@ -521,9 +603,7 @@ def page(plan: Plan) -> str:
         found = [(words, _contrast(plan, *names)) for *names, words in claim.contrasts]
         verdicts = [_verdict(one) for _, one in found]
         each = "; ".join(f"{words}: {verdict}" for (words, _), verdict in zip(found, verdicts, strict=True))
-        rows.append(
-            f"| {claim.letter} | {claim.text} | {claim.tables} | **{overall(verdicts)}** | {each or claim.why_not} |"
-        )
+        rows.append(f"| {claim.letter} | {claim.text} | {claim.tables} | **{overall(verdicts)}** | {each} |")
         details += _details(claim, found)
         if any(task == EXPRESSIONS for _, _, task, _, _ in claim.contrasts):
             details.append(_told(plan))
@@ -545,6 +625,8 @@ is asked about sides in an image; {100 * STATED_SHARE:.0f} % of the questions of
 stated in words, of other names, so that the language model does not forget them. Where an arm lacks a location
 objective, captions and presence questions have its share. `align` is the model that all of
 them start from. Arms take equally many questions, not tokens: a place costs more tokens than a yes.
+Video arms are the full arm of their seed after {plan.video_steps} steps on drawn clips of 8 frames, in which some
+things move; they see 4 of the frames, and are asked about other clips.
 
 A claim is *shown* when the 95 % interval of the difference over the seeds (Student's, a seed is one observation) lies
 above 0 in every figure named, and the better arm is above the floor, the best answer that never looks at the image;
@@ -598,8 +680,6 @@ def _gates_of_the_foundation(folder: Path) -> list[str]:
 
 
 def _details(claim: Claim, found: Sequence[tuple[str, Contrast | None]]) -> list[str]:
-    if not found:
-        return []
     lines = [f"### {claim.letter}: {claim.text}", ""]
     lines += ["| figure | arm | other arm | difference (95 %) | floor | verdict |", "|---|---|---|---|---|---|"]
     for (better, other, _, _, words), (_, one) in zip(claim.contrasts, found, strict=True):

@@ -38,7 +38,8 @@ def build_generic(
     - stated_left_right, stated_above_below: see `locvlm.data.stated`; nothing in them is about the image.
 
     A file name of a video makes them conversations about a video. Objects come from `usable_objects`. An image without
-    annotations gives at most a caption. Draws are keyed by (seed, image id); a conversation is called `{image id}-{objective}-{number}`.
+    annotations gives at most a caption. Draws are keyed by (seed, image id); a conversation is called
+    `{image id}-{objective}-{number}`.
     """
     names = names_beside(instances.categories)
     for image in instances.images:

@@ -17,21 +17,8 @@ from workflows import paper
 
 pytestmark = pytest.mark.slow
 
-ARGUMENTS = [
-    "--seeds",
-    "0",
-    "--arms",
-    "full",
-    "captions",
-    "align",
-    "--steps",
-    "2",
-    "--scenes",
-    "24",
-    "6",
-    "--jobs",
-    "1",
-]
+ARMS = ["full", "captions", "align", "video-full"]
+ARGUMENTS = ["--seeds", "0", "--arms", *ARMS, "--steps", "2", "--scenes", "24", "6", "--jobs", "1"]
 ARGUMENTS += ["--set", "stages.align.steps=2", "--set", "evaluation.max_new_tokens=8"]
 
 
@@ -66,12 +53,10 @@ def test_the_page_has_each_claim_with_a_verdict(run: Path) -> None:
     objects = json.loads((root / "captioner.json").read_text())["objects"]
     assert f"Of the {objects} objects of the training scenes it describes 0.0 %" in page
     assert "| presence, asked directly in training | not run |" in page
-    arms = page.split("## All arms")[1]
-    assert [name for name in ("full", "none", "align", "direct", "captions") if f"\n| {name} |" in arms] == [
-        "full",
-        "align",
-        "captions",
-    ]
+    found = [arm.name for arm in paper.MINIATURE if f"\n| {arm.name} |" in page.split("## All arms")[1]]
+    assert found == ["full", "align", "captions", "video-full"]
+    receipt = json.loads((root / "models" / "0" / "video-full" / "receipt.json").read_text())
+    assert (receipt["stage"], Path(receipt["parent"]).name) == ("video", "full")
     learned = json.loads((TINY_FOUNDATION / "recipe.json").read_text())
     tower, reading = learned["figures"]["tower"], learned["figures"]["reading"]
     (row,) = [line for line in page.splitlines() if line.startswith("| foundation: the tower tells what a patch shows")]
@@ -124,7 +109,7 @@ def test_arms_differ_in_the_location_objectives_alone() -> None:
     for name, trained in by_name.items():
         key, _, value = trained.mixture.partition("=")
         weights = {entry["objective"]: entry["weight"] for entry in yaml.safe_load(value)}
-        assert key == "stages.instruct.mixture"
+        assert key == f"stages.{'video' if trained.video else 'instruct'}.mixture"
         assert sum(weights.values()) == pytest.approx(1)
         if name != "direct":
             assert weights["presence"] == weights["caption"]
