@@ -18,9 +18,10 @@ import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 from locvlm.cli.steps import last_words
 from locvlm.config import ExperimentConfig, dump_config
@@ -243,6 +244,13 @@ class Plan:
     arms: list[Trained]
     scenes: Sequence[int]  # to train on, to ask about
     jobs: int
+    _locks: dict[str, Lock] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+
+    def lock(self, name: str) -> Lock:
+        """What two arms need is made once."""
+        with self._lock:
+            return self._locks.setdefault(name, Lock())
 
     @property
     def video_settings(self) -> tuple[str, str]:
@@ -339,19 +347,17 @@ def _run(plan: Plan) -> None:
     todo = list(_data_steps(plan))
     for name, argv, output in todo:
         _locvlm(plan, name, argv if argv[1] == "scenes" else [*argv, "--preset", "tiny"], output)
-    chains = [(arm, seed) for seed in plan.seeds for arm in plan.arms if not _is_finished(plan, arm, seed)]
-    seeds = sorted({seed for arm, seed in chains if not _has_answered(plan, arm, seed)})
+    chains = [(arm, seed) for arm in plan.arms for seed in plan.seeds if not _is_finished(plan, arm, seed)]
+    training = [(arm, seed) for arm, seed in chains if not _has_answered(plan, arm, seed)]
+    seeds = sorted({seed for _, seed in training})
     with ThreadPoolExecutor(plan.jobs) as pool:
         list(pool.map(partial(_align, plan), seeds))
-    if any(arm.captioned and not _has_answered(plan, arm, seed) for arm, seed in chains):
-        _caption(plan, seeds[0])
-    seeds = sorted({seed for arm, seed in chains if arm.video and not _has_answered(plan, arm, seed)})
-    with ThreadPoolExecutor(plan.jobs) as pool:  # what the video stage starts from
-        list(pool.map(partial(_train, plan, IMAGE_ARM), seeds))
     n_done = len(plan.seeds) * len(plan.arms) - len(chains)
     began, n_before = time.monotonic(), n_done
     _tell(plan, n_done, n_before, began, "")
     with ThreadPoolExecutor(plan.jobs) as pool:
+        if any(arm.captioned for arm, _ in training):  # first, so that its arms need not wait
+            pool.submit(_caption, plan)
         running: set[Future[str]] = {pool.submit(_arm, plan, arm, seed) for arm, seed in chains}
         try:
             while running:
@@ -406,12 +412,20 @@ def _clip_steps(plan: Plan) -> Iterator[tuple[str, list[str], Path]]:
 def _align(plan: Plan, seed: int) -> None:
     output = plan.root / "models" / str(seed) / ALIGNED.name
     argv = ["train", "--stage", "align", "--data", f"generic={plan.root / 'data' / 'generic'}", *_common(plan, seed)]
-    _locvlm(plan, f"{seed}-align", argv, output)
+    with plan.lock(f"{seed}-align"):
+        _locvlm(plan, f"{seed}-align", argv, output)
 
 
-def _caption(plan: Plan, seed: int) -> None:
-    """Teach a captioner on scenes of its own, from the aligned model of this seed; let it describe the objects of the
-    training scenes, and build what the arm with pseudo-captions is trained on."""
+def _caption(plan: Plan) -> None:
+    """Teach a captioner on scenes of its own, from the aligned model of the first seed; let it describe the objects of
+    the training scenes, and build what the arm with pseudo-captions is trained on."""
+    with plan.lock("captioner"):
+        if not (plan.root / _CAPTIONER).is_file():
+            _teach_and_caption(plan, plan.seeds[0])
+
+
+def _teach_and_caption(plan: Plan, seed: int) -> None:
+    _align(plan, seed)
     data, scenes = plan.root / "data", plan.root / "data" / "captioner-scenes"
     sizes = ["--n-train", str(plan.scenes[0]), "--n-test", "1", "--shards"]
     _locvlm(plan, scenes.name, ["data", "scenes", "--seed", str(CAPTIONER_SEED), *sizes], scenes)
@@ -498,8 +512,13 @@ def _train(plan: Plan, trained: Trained, seed: int) -> None:
     settings = [*trained.arm.places, *plan.video_settings] if trained.video else [*trained.arm.places]
     argv += _common(plan, seed, plan.root / trained.images)
     argv += [part for setting in (*settings, trained.mixture) for part in ("--set", setting)]
+    if trained.video:
+        _train(plan, IMAGE_ARM, seed)
+    elif trained.captioned:
+        _caption(plan)
     argv += ["--model", str(model.parent / (IMAGE_ARM if trained.video else ALIGNED).name)]
-    _locvlm(plan, f"{seed}-{trained.name}-train", argv, model)
+    with plan.lock(f"{seed}-{trained.name}"):
+        _locvlm(plan, f"{seed}-{trained.name}-train", argv, model)
 
 
 def _train_and_ask(plan: Plan, trained: Trained, seed: int) -> None:
