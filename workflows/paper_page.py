@@ -142,15 +142,25 @@ form, the other one is not.
 
 
 def _arms(plan: Plan) -> str:
-    names = ["left or right", "presence", "LocPred IoU", "NegPred F1", "RevLoc"]
+    names = ["left or right", "turned around", "presence", "LocPred IoU", "NegPred F1", "RevLoc"]
     figures = [
         SIDE,
+        (SIDE[0], "opposite_reading"),
         PRESENCE,
         WHERE,
         ("localization", "neg_f1"),
         ("region-description", "names_category"),
     ]
-    lines = ["## All arms, a figure a seed", "", f"| arm | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    told = "*Turned around*: the share of answers that name the opposite side. 0 % right and 100 % turned around is a"
+    told += " model\nthat tells the sides apart and calls each by the other's name."
+    lines = [
+        "## All arms, a figure a seed",
+        "",
+        told,
+        "",
+        f"| arm | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
     for trained in MINIATURE:
         cells = [_values(plan, trained.name, *figure) for figure in figures]
         if any(cells):

@@ -1,12 +1,10 @@
 """Drawn clips: the scenes of `locvlm.data.scenes` as short videos in which some things move, annotated as COCO does.
 
-What the video stage of the tiny preset is taught and asked about. `file_name` is that of a video, so that every verb
-that reads COCO annotations makes conversations and questions about videos of them.
+What the video stage of the tiny preset is taught and asked about. `file_name` is that of a video, so that `locvlm data
+generic`, `localize-instruct`, `hallucination` and `coco-spatial` make conversations and questions about videos of them.
 """
 
 import random
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,15 +23,13 @@ from locvlm.data.scenes import (
     Drawn,
     Scene,
     Thing,
-    already_there,
     annotation,
     compose,
-    move_into_place,
+    drawing,
     paint,
     shown_names,
     write_split,
 )
-from locvlm.errors import DataError
 from locvlm.records import Manifest, write_manifest
 
 DRAWING = 1  # number of this drawing; raise it when the same seed would give other clips
@@ -57,28 +53,15 @@ def draw_clips(output: Path, seed: int, n_train: int, n_test: int, *, force: boo
     split, id) alone. A finished folder of the same seed and sizes is left as it is. Raises DataError for a folder that
     holds something else; `force` replaces it when it is a finished folder of drawn clips, never anything else.
     """
-    if not (1 <= n_train < FIRST_TEST_ID and 1 <= n_test < FIRST_TEST_ID):
-        raise DataError(
-            f"drawing clips: {n_train} training and {n_test} test clips were asked for; each must lie between 1 and "
-            f"{FIRST_TEST_ID - 1}"
-        )
     wanted = {"drawing": DRAWING, "seed": seed, "test": n_test, "train": n_train}
-    if already_there(output, "clips", wanted, force):
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        folder.chmod(0o755)
+    with drawing(output, "clips", wanted, force) as folder:
+        if folder is None:
+            return
         counts: Counter[str] = Counter()
         for split, first, n in (("train", 1, n_train), ("test", FIRST_TEST_ID, n_test)):
             counts += _draw_split(folder, seed, split, range(first, first + n))
-        write_manifest(
-            folder, Manifest("clips", counts=dict(sorted(counts.items())), seed=seed, extra={"clips": wanted})
-        )
-        move_into_place(folder, output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        found = dict(sorted(counts.items()))
+        write_manifest(folder, Manifest("clips", counts=found, seed=seed, extra={"clips": wanted}))
 
 
 def _draw_split(folder: Path, seed: int, split: str, ids: Sequence[int]) -> Counter[str]:

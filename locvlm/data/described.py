@@ -10,7 +10,7 @@ from locvlm import prompts
 from locvlm.data.coco import Instances, usable_objects
 from locvlm.data.generic import CLEARLY_APART, centre
 from locvlm.data.stated import AXIS_WORDS
-from locvlm.records import Conversation, ImageRecord, ObjectRecord, Turn, medium_of
+from locvlm.records import Conversation, ImageRecord, ObjectRecord, Turn
 
 OBJECTIVE = "described"
 
@@ -37,8 +37,7 @@ def build_described(instances: Instances) -> Iterator[Conversation]:
                 answer=answer,
             )
             name = f"{image.id}-{OBJECTIVE}-{thing.id}"
-            medium = medium_of(image.file_name)
-            yield Conversation(name, image.file_name, image.width, image.height, OBJECTIVE, (turn,), medium)
+            yield Conversation(name, image.file_name, image.width, image.height, OBJECTIVE, (turn,))
 
 
 def _description(image: ImageRecord, thing: ObjectRecord, others: Sequence[ObjectRecord]) -> str:

@@ -28,6 +28,7 @@ class Shown:
     present: Sequence[str]
     absent: Sequence[str]
     size: tuple[int, int] | None = None
+    medium: Medium = "image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,10 @@ class PresenceSet:
 def build_presence(instances: Instances, seed: int, per_image: int = 2) -> PresenceSet:
     """Hal-COCO: `ask_presence` of annotated images, or of videos by their file names. A crowd region makes its category
     present."""
-    medium = medium_of(instances.images[0].file_name) if instances.images else "image"
-    return ask_presence(_shown(instances), seed, per_image, medium)
+    return ask_presence(_shown(instances), seed, per_image)
 
 
-def ask_presence(shown: Iterable[Shown], seed: int, per_image: int = 2, medium: Medium = "image") -> PresenceSet:
+def ask_presence(shown: Iterable[Shown], seed: int, per_image: int = 2) -> PresenceSet:
     """`per_image` present and as many absent categories asked for in every image or video, so that chance is one half.
 
     Both are drawn without replacement, absent ones uniformly from the class list. What has too few of either is
@@ -59,31 +59,32 @@ def ask_presence(shown: Iterable[Shown], seed: int, per_image: int = 2, medium: 
         )
     rows: list[dict[str, Any]] = []
     skipped: Counter[str] = Counter()
-    n = 0
+    counts: Counter[str] = Counter()
     for one in shown:
         if min(len(one.present), len(one.absent)) < per_image:
             skipped[FEW_PRESENT if len(one.present) < per_image else FEW_ABSENT] += 1
             continue
-        n += 1
+        counts[f"{one.medium}s"] += 1
         rng = random.Random(f"{seed}/presence/{one.key}")
         asked = [(name, "yes") for name in rng.sample(sorted(one.present), per_image)]
         asked += [(name, "no") for name in rng.sample(list(one.absent), per_image)]
-        rows += [_row(one, medium, number, name, reference) for number, (name, reference) in enumerate(asked)]
-    half = n * per_image
-    return PresenceSet(rows, {f"{medium}s": n, "questions": 2 * half, "yes": half, "no": half}, skipped)
+        rows += [_row(one, number, name, reference) for number, (name, reference) in enumerate(asked)]
+    half = counts.total() * per_image
+    return PresenceSet(rows, {**(counts or {"images": 0}), "questions": 2 * half, "yes": half, "no": half}, skipped)
 
 
-def _row(one: Shown, medium: Medium, number: int, name: str, reference: str) -> dict[str, Any]:
+def _row(one: Shown, number: int, name: str, reference: str) -> dict[str, Any]:
     row: dict[str, Any] = {"id": f"{one.key}-presence-{number}", "task": "presence", "image": one.file_name}
-    if medium != "image":
-        row["medium"] = medium
+    if one.medium != "image":
+        row["medium"] = one.medium
     if one.size is not None:
         row["width"], row["height"] = one.size
-    return {**row, "prompt": hallucination_question(name, medium), "reference": reference, "category": name}
+    return {**row, "prompt": hallucination_question(name, one.medium), "reference": reference, "category": name}
 
 
 def _shown(instances: Instances) -> Iterator[Shown]:
     for image in instances.images:
         present = sorted({thing.category for thing in image.objects})
         absent = absent_categories(image, instances.categories)
-        yield Shown(str(image.id), image.file_name, present, absent, (image.width, image.height))
+        size = (image.width, image.height)
+        yield Shown(str(image.id), image.file_name, present, absent, size, medium_of(image.file_name))

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -124,18 +125,10 @@ def draw_scenes(
     A finished folder of the same seed and sizes is left as it is. Raises DataError for a folder that holds something
     else; `force` replaces it when it is a finished folder of drawn scenes, never anything else.
     """
-    if not (1 <= n_train < FIRST_TEST_ID and 1 <= n_test < FIRST_TEST_ID):
-        raise DataError(
-            f"drawing scenes: {n_train} training and {n_test} test scenes were asked for; "
-            f"each must lie between 1 and {FIRST_TEST_ID - 1}"
-        )
     wanted = {"drawing": DRAWING, "seed": seed, "test": n_test, "train": n_train, **({"shards": 1} if shards else {})}
-    if already_there(output, "scenes", wanted, force):
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        folder.chmod(0o755)
+    with drawing(output, "scenes", wanted, force) as folder:
+        if folder is None:
+            return
         counts: Counter[str] = Counter()
         for split, first_id, n in (("train", 1, n_train), ("test", FIRST_TEST_ID, n_test)):
             counts += _draw_split(folder, seed, split, range(first_id, first_id + n))
@@ -145,15 +138,32 @@ def draw_scenes(
             _pack(folder)
         extra = {"scenes": wanted, "categories": [category.name for category in CATEGORIES]}
         write_manifest(folder, Manifest("scenes", counts=dict(sorted(counts.items())), seed=seed, extra=extra))
-        move_into_place(folder, output)
+
+
+@contextmanager
+def drawing(output: Path, what: str, wanted: dict[str, int], force: bool) -> Iterator[Path | None]:
+    """A folder to draw into that takes its place when it is finished; None where that was drawn before. `what`: scenes
+    or clips; `wanted`: seed, sizes and what else decides the drawing. Raises DataError as `draw_scenes`."""
+    if not (1 <= wanted["train"] < FIRST_TEST_ID and 1 <= wanted["test"] < FIRST_TEST_ID):
+        raise DataError(
+            f"drawing {what}: {wanted['train']} training and {wanted['test']} test {what} were asked for; "
+            f"each must lie between 1 and {FIRST_TEST_ID - 1}"
+        )
+    if _already_there(output, what, wanted, force):
+        yield None
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        folder.chmod(0o755)
+        yield folder
+        _move_into_place(folder, output)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def already_there(output: Path, what: str, wanted: dict[str, int], force: bool) -> bool:
-    """Whether the folder is finished and of the same seed and sizes; `what`: scenes or clips. Raises DataError for one
-    that holds something else, unless it is finished and `force` is given."""
+def _already_there(output: Path, what: str, wanted: dict[str, int], force: bool) -> bool:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     manifest = read_manifest(output) if (output / "manifest.json").is_file() else {}
@@ -183,8 +193,7 @@ def _pack(folder: Path) -> None:
     shutil.rmtree(loose)
 
 
-def move_into_place(folder: Path, output: Path) -> None:
-    """Rename the finished folder, in the place of what is there."""
+def _move_into_place(folder: Path, output: Path) -> None:
     if not output.exists():
         folder.rename(output)
         return

@@ -142,8 +142,8 @@ def _hal_act(args: argparse.Namespace) -> None:
 
     def fill(folder: Path, manifest: Manifest) -> None:
         labels = islice(present_and_absent(args.annotations), args.limit)
-        shown = (Shown(video, video, present, absent) for video, present, absent in labels)
-        write_questions(args, folder, manifest, ask_presence(shown, manifest.seed, args.per_image, "video"))
+        shown = (Shown(video, video, present, absent, medium="video") for video, present, absent in labels)
+        write_questions(args, folder, manifest, ask_presence(shown, manifest.seed, args.per_image))
 
     build(args, {"source": args.source, "per_image": args.per_image, "limit": args.limit}, fill)
 

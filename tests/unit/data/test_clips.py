@@ -92,7 +92,7 @@ def test_another_size_is_refused_and_a_finished_folder_is_left(folder: Path) -> 
 def test_the_verbs_make_conversations_and_questions_about_videos(folder: Path, tmp_path: Path) -> None:
     about = ["--annotations", str(folder / "instances_train.json"), "--preset", "tiny"]
     captions = ["--captions", str(folder / "captions_train.json")]
-    for verb, more in (("generic", captions), ("localize-instruct", []), ("described", [])):
+    for verb, more in (("generic", captions), ("localize-instruct", [])):
         assert main(["data", verb, *about, *more, "--output", str(tmp_path / verb)]) == 0
         stored = list(open_conversations(tmp_path / verb))
         assert {one.medium for one in stored} == {"video"}

@@ -97,7 +97,7 @@ def test_on_real_annotations_no_absent_category_is_in_the_image(realdata: Path, 
 
 
 def test_questions_about_a_video_say_so_and_have_no_size() -> None:
-    (row, other) = ask_presence([Shown("v_a.mp4", "v_a.mp4", ["cat"], ["sky-other"])], 0, 1, "video").rows
+    (row, other) = ask_presence([Shown("v_a.mp4", "v_a.mp4", ["cat"], ["sky-other"], medium="video")], 0, 1).rows
     assert row == {
         "id": "v_a.mp4-presence-0",
         "task": "presence",
@@ -108,7 +108,7 @@ def test_questions_about_a_video_say_so_and_have_no_size() -> None:
         "category": "cat",
     }
     assert (question(row).reference, question(other).reference) == ("yes", "no")
-    assert ask_presence([], 0, 2, "video").counts == {"videos": 0, "questions": 0, "yes": 0, "no": 0}
+    assert ask_presence([], 0, 2).counts == {"images": 0, "questions": 0, "yes": 0, "no": 0}
 
 
 def test_the_order_in_which_present_categories_are_listed_changes_nothing() -> None:
