@@ -13,11 +13,14 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from locvlm.cli.steps import last_words
 from locvlm.config import dump_config
@@ -26,7 +29,7 @@ from locvlm.data.conversations import open_conversations
 from locvlm.errors import ConfigError, LocVLMError
 from locvlm.evaluation.score import read_metrics
 from locvlm.presets import preset
-from locvlm.records import atomic_write, fingerprint, read_jsonl, write_jsonl
+from locvlm.records import atomic_write, fingerprint, read_json, read_jsonl, write_json, write_jsonl
 from workflows.paper_arms import (
     ALIGNED,
     CAPTIONER,
@@ -51,6 +54,7 @@ SCENES_SEED = 20240617  # no other run of the project draws it
 CAPTIONER_SEED, CLIPS_SEED = 20240620, 20240621  # nor one of these
 QUESTIONS = 1000  # of a task
 _RUN = "run.json"  # in the packed answers
+_SETTINGS = "arms.json"  # in the run's folder: what decides the answers of each arm
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,14 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = _plan(args)
         print(f"run folder: {plan.root}", flush=True)
         answers = args.output.with_suffix(".answers.tar.xz")
+        plan.root.mkdir(parents=True, exist_ok=True)
         if args.go_on:
             _unpack(plan, answers)
-        if not args.only_report:
+        _keep_settings(plan)
+        _keep_answers(plan, answers)
+        if args.only_report:
+            _score_answers(plan)
+        else:
             _run(plan)
         with atomic_write(args.output) as file:
             file.write(page(plan))
         _pack(plan, answers)
         print(f"wrote {args.output} and {answers}", flush=True)
+    except OSError as fault:
+        print(f"\nrunning the paper in miniature: {fault}; name other folders or make room", file=sys.stderr)
+        return 2
     except LocVLMError as error:
         print(f"\n{error}\n\nfinished steps are kept: mend this and run `make paper` again", file=sys.stderr)
         return error.exit_code
@@ -105,17 +117,79 @@ def _plan(args: argparse.Namespace) -> Plan:
     overrides = [f"stages.instruct.steps={args.steps}", "cluster.num_workers=0"]
     overrides += args.overrides
     config = preset("tiny", overrides)
+    if config.stages.instruct is None or config.stages.instruct.steps is None:
+        raise ConfigError(
+            "running the paper in miniature: arms are compared after equally many steps; set --steps alone"
+        )
     parts = [config.fingerprint(), fingerprint(foundation_of(config)), *args.scenes]
     arms = [arm for arm in MINIATURE if arm.name in args.arms]
     root = args.runs.absolute() / run_name("paper", parts)
     return Plan(root, config, overrides, args.seeds, arms, args.scenes, args.jobs)
 
 
+def _keep_settings(plan: Plan) -> None:
+    """Write down what decides the answers of each arm. Raises ConfigError where those that are here were given under
+    other settings."""
+    path = plan.root / _SETTINGS
+    known = read_json(path) if path.is_file() else {}
+    wanted = {arm.name: _identity(plan, arm) for arm in MINIATURE}
+    made = {arm.name for arm in MINIATURE for seed in plan.seeds if _has_begun(plan, arm, seed)}
+    if changed := sorted(name for name in made & known.keys() if known[name] != wanted[name]):
+        raise ConfigError(
+            f"running the paper in miniature: in {plan.root} there are answers or models of {', '.join(changed)} with "
+            "other settings; remove their folders below models and predictions, or name another folder with --runs"
+        )
+    write_json(path, wanted)
+
+
+def _identity(plan: Plan, trained: Trained) -> list[str]:
+    """All that an arm's answers depend on, beside what the run's name says."""
+    drawn = [f"clips {CLIPS_SEED}"] if trained.video else []
+    taught = [f"captioner {CAPTIONER_SEED}"] if trained.captioned else []
+    return [*plan.settings(trained), *drawn, *taught, f"scenes {SCENES_SEED}", f"{QUESTIONS} questions"]
+
+
+def _has_begun(plan: Plan, trained: Trained, seed: int) -> bool:
+    models = plan.root / "models" / str(seed)
+    folders = [models / trained.name, models / f".{trained.name}.training"]
+    return _has_answered(plan, trained, seed) or any(folder.exists() for folder in folders)
+
+
+def _keep_answers(plan: Plan, packed: Path) -> None:
+    """Raises ConfigError where the pack of this run beside the page has answers that are not here and would go lost."""
+    if not packed.is_file():
+        return
+    with _opened(packed) as (archive, told):
+        known = [one.name for one in archive if one.name.endswith(".jsonl") and not _is_outdated(plan, one.name, told)]
+    lost = sum(not (plan.root / name).exists() for name in known)
+    if told.get("run") == plan.root.name and lost:
+        raise ConfigError(
+            f"running the paper in miniature: {packed} holds {lost} files of answers of this run that are not in "
+            f"{plan.root}, and would be replaced; take them with --continue, or name another --output"
+        )
+
+
+def _is_outdated(plan: Plan, member: str, told: Mapping[str, Any]) -> bool:
+    """Whether answers in a pack were given under other settings than those of today. `told`: what the pack says."""
+    name = Path(member).parent.name
+    identities = {arm.name: _identity(plan, arm) for arm in MINIATURE}
+    return bool(told.get("arms", {}).get(name) != identities.get(name))
+
+
+def _score_answers(plan: Plan) -> None:
+    for trained in plan.arms:
+        for seed in plan.seeds:
+            if _has_answered(plan, trained, seed):
+                _score(plan, trained, seed)
+
+
+def _make(plan: Plan, steps: Iterable[tuple[str, list[str], Path]]) -> None:
+    for name, argv, output in steps:
+        _locvlm(plan, name, argv if argv[1] in ("scenes", "clips") else [*argv, "--preset", "tiny"], output)
+
+
 def _run(plan: Plan) -> None:
-    plan.root.mkdir(parents=True, exist_ok=True)
-    todo = list(_data_steps(plan))
-    for name, argv, output in todo:
-        _locvlm(plan, name, argv if argv[1] == "scenes" else [*argv, "--preset", "tiny"], output)
+    _make(plan, _data_steps(plan))
     chains = [(arm, seed) for arm in plan.arms for seed in plan.seeds if not _is_finished(plan, arm, seed)]
     training = [(arm, seed) for arm, seed in chains if not _has_answered(plan, arm, seed)]
     seeds = sorted({seed for _, seed in training})
@@ -125,27 +199,36 @@ def _run(plan: Plan) -> None:
     began, n_before = time.monotonic(), n_done
     _tell(plan, n_done, n_before, began, "")
     with ThreadPoolExecutor(plan.jobs) as pool:
+        running: set[Future[str]] = set()
         if any(arm.captioned for arm, _ in training):  # first, so that its arms need not wait
-            pool.submit(_caption, plan)
-        running: set[Future[str]] = {pool.submit(_arm, plan, arm, seed) for arm, seed in chains}
+            running.add(pool.submit(_caption, plan))
+        running |= {pool.submit(_arm, plan, arm, seed) for arm, seed in chains}
         try:
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    n_done += 1
-                    _tell(plan, n_done, n_before, began, future.result())
+                for news in (future.result() for future in done):
+                    n_done += news != ""
+                    _tell(plan, n_done, n_before, began, news or "the captioner has described all objects")
         except BaseException:
             for future in running:
                 future.cancel()
             raise
 
 
-def _data_steps(plan: Plan) -> Iterator[tuple[str, list[str], Path]]:
-    """Name, verb and output of everything that arms share."""
-    data, questions = plan.root / "data", plan.root / "questions"
-    scenes = data / "scenes"
+def _described_steps(plan: Plan) -> Iterator[tuple[str, list[str], Path]]:
+    """Name, verb and output of the scenes and of what their objects are told by."""
+    scenes = plan.root / "data" / "scenes"
     sizes = ["--n-train", str(plan.scenes[0]), "--n-test", str(plan.scenes[1]), "--shards"]
     yield "scenes", ["data", "scenes", "--seed", str(SCENES_SEED), *sizes], scenes
+    test = ["--annotations", str(scenes / "instances_test.json")]
+    yield "described", ["data", "described", *test], plan.root / "data" / "described-test"
+
+
+def _data_steps(plan: Plan) -> Iterator[tuple[str, list[str], Path]]:
+    """Everything that arms share."""
+    yield from _described_steps(plan)
+    data, questions = plan.root / "data", plan.root / "questions"
+    scenes = data / "scenes"
     train, test = (["--annotations", str(scenes / f"instances_{split}.json")] for split in ("train", "test"))
     captions = ["--captions", str(scenes / "captions_train.json")]
     yield "generic", ["data", "generic", *train, *captions], data / "generic"
@@ -160,14 +243,14 @@ def _data_steps(plan: Plan) -> Iterator[tuple[str, list[str], Path]]:
             if name not in made:
                 made.add(name)
                 yield name, ["data", "localize-instruct", *annotations, *places], data / name
-    yield "described", ["data", "described", *test], data / "described-test"
     if any(arm.video for arm in plan.arms):
         yield from _clip_steps(plan)
 
 
 def _clip_steps(plan: Plan) -> Iterator[tuple[str, list[str], Path]]:
     data, clips = plan.root / "data", plan.root / "data" / "clips"
-    sizes = ["--n-train", str(plan.scenes[0]), "--n-test", str(plan.scenes[1])]
+    # things that move cannot be asked about: of a clip there are fewer questions than of a scene
+    sizes = ["--n-train", str(plan.scenes[0]), "--n-test", str(3 * plan.scenes[1])]
     yield "clips", ["data", "clips", "--seed", str(CLIPS_SEED), *sizes], clips
     train, test = (["--annotations", str(clips / f"instances_{split}.json")] for split in ("train", "test"))
     captions = ["--captions", str(clips / "captions_train.json")]
@@ -185,12 +268,13 @@ def _align(plan: Plan, seed: int) -> None:
         _locvlm(plan, f"{seed}-align", argv, output)
 
 
-def _caption(plan: Plan) -> None:
+def _caption(plan: Plan) -> str:
     """Teach a captioner on scenes of its own, from the aligned model of the first seed; let it describe the objects of
-    the training scenes, and build what the arm with pseudo-captions is trained on."""
+    the training scenes, and build what the arm with pseudo-captions is trained on. No news."""
     with plan.lock("captioner"):
-        if not (plan.root / CAPTIONER).is_file():
+        if not ((plan.root / CAPTIONER).is_file() and (plan.root / "data" / CAPTIONS.train_data).exists()):
             _teach_and_caption(plan, plan.seeds[0])
+    return ""
 
 
 def _teach_and_caption(plan: Plan, seed: int) -> None:
@@ -218,11 +302,13 @@ def _teach_and_caption(plan: Plan, seed: int) -> None:
     said = {str(row["id"]): row["caption"] for row in read_jsonl(captions)}
     n_same = sum(said.get(key) == normalise_caption(turn.answer, turn.category) for key, turn in wanted.items())
     with atomic_write(plan.root / CAPTIONER) as file:
-        json.dump({"objects": len(wanted), "word for word": n_same}, file)
+        json.dump({"seed": seed, "objects": len(wanted), "word for word": n_same}, file)
 
 
 def _express(plan: Plan, trained: Trained, seed: int) -> Path:
     """What the arm said of regions, to be scored against what `locvlm data described` has of the same objects."""
+    with plan.lock("described"):
+        _make(plan, _described_steps(plan))
     told = {}
     for one in open_conversations(plan.root / "data" / "described-test"):
         turn = one.turns[0]
@@ -256,10 +342,20 @@ def _score(plan: Plan, trained: Trained, seed: int) -> None:
     argv = []
     for name, (task, path) in answers.items():
         output = plan.metrics(trained.name, seed, name)
-        if not output.is_file():
+        if not _has_figures(output, name):
             argv += ["--task", task, "--predictions", str(path), "--output", str(output)]
     if argv:
         _locvlm(plan, f"{seed}-{trained.name}-score", ["score", *argv, "--config", str(_places(plan, trained))])
+    for name in answers:
+        output = plan.metrics(trained.name, seed, name)
+        if not _has_figures(output, name):
+            reason = read_metrics(output).get("not_computed", {}).get("meteor", "no reason is told")
+            raise LocVLMError(f"scoring {output}: there is no METEOR: {reason}")
+
+
+def _has_figures(metrics: Path, name: str) -> bool:
+    """Without Java `locvlm score` leaves METEOR out, which is all that expressions are scored for."""
+    return metrics.is_file() and (name != EXPRESSIONS or "meteor" in read_metrics(metrics)["figures"])
 
 
 def _places(plan: Plan, trained: Trained) -> Path:
@@ -326,7 +422,7 @@ def _locvlm(plan: Plan, name: str, argv: Sequence[str], output: Path | None = No
 
 def _is_finished(plan: Plan, trained: Trained, seed: int) -> bool:
     figures = [*trained.tasks, *([EXPRESSIONS] if trained.name in EXPRESSED else [])]
-    return all(plan.metrics(trained.name, seed, task).is_file() for task in figures)
+    return all(_has_figures(plan.metrics(trained.name, seed, task), task) for task in figures)
 
 
 def _has_answered(plan: Plan, trained: Trained, seed: int) -> bool:
@@ -352,33 +448,54 @@ def _pack(plan: Plan, output: Path) -> None:
         member.uname = member.gname = ""
         return member
 
+    paths = [*plan.root.glob(CAPTIONER)]
+    for folder in sorted((plan.root / "predictions").glob("*")):
+        whole = [arm for arm in MINIATURE if _has_answered(plan, arm, int(folder.name))]
+        paths += sorted(plan.answers(arm.name, int(folder.name), task) for arm in whole for task in arm.tasks)
     with atomic_write(output, "wb") as file, tarfile.open(fileobj=file, mode="w:xz") as archive:
-        name = json.dumps({"run": plan.root.name}).encode()
+        told = {"run": plan.root.name, "arms": {arm.name: _identity(plan, arm) for arm in MINIATURE}}
+        name = json.dumps(told).encode()
         member = tarfile.TarInfo(_RUN)
         member.size = len(name)
         archive.addfile(member, io.BytesIO(name))
-        for path in [*plan.root.glob(CAPTIONER), *sorted((plan.root / "predictions").rglob("*.jsonl"))]:
+        for path in paths:
             archive.add(path, path.relative_to(plan.root), filter=plain)
 
 
-def _unpack(plan: Plan, packed: Path) -> None:
-    """Take the answers of this very run that are not here. Raises ConfigError where they are those of another."""
-    if not packed.is_file():
-        raise ConfigError(f"continuing the paper in miniature: there is no {packed}; leave out --continue")
+@contextmanager
+def _opened(packed: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, Any]]]:
+    """A pack, and what it says of itself. Raises ConfigError for one that cannot be read."""
     try:
         with tarfile.open(packed) as archive:
             named = archive.extractfile(_RUN) if _RUN in archive.getnames() else None
-            run = json.loads(named.read())["run"] if named else "one without a name"
-            if run == plan.root.name:
-                missing = [one for one in archive if one.name != _RUN and not (plan.root / one.name).exists()]
-                archive.extractall(plan.root, missing, filter="data")
-    except (tarfile.TarError, lzma.LZMAError, EOFError) as fault:
+            yield archive, json.loads(named.read()) if named else {}
+    except (tarfile.TarError, lzma.LZMAError, EOFError, ValueError) as fault:
         raise ConfigError(f"continuing the paper in miniature: {packed} cannot be read: {fault}") from fault
-    if run != plan.root.name:
-        raise ConfigError(
-            f"continuing the paper in miniature: {packed} is of the run {run}, this one is {plan.root.name}: "
-            "settings, foundation or numbers of scenes differ; give the same, or leave out --continue"
-        )
+
+
+def _unpack(plan: Plan, packed: Path) -> None:
+    """Take the answers of this very run that are not here; those of an arm that has other settings now are left.
+    Raises ConfigError where they are those of another run."""
+    if not packed.is_file():
+        raise ConfigError(f"continuing the paper in miniature: there is no {packed}; leave out --continue")
+    with _opened(packed) as (archive, told):
+        if told.get("run") != plan.root.name:
+            raise ConfigError(
+                f"continuing the paper in miniature: {packed} is of the run {told.get('run')}, this one is "
+                f"{plan.root.name}: settings, foundation or numbers of scenes differ; give the same, or leave out "
+                "--continue"
+            )
+        left = {one.name for one in archive if one.name.endswith(".jsonl") and _is_outdated(plan, one.name, told)}
+        if left:
+            names = ", ".join(sorted({Path(name).parent.name for name in left}))
+            print(f"left: answers that were given under other settings than those of today: {names}", flush=True)
+        with tempfile.TemporaryDirectory(dir=plan.root, prefix=".unpacked.") as folder:
+            for one in archive:
+                target = plan.root / one.name
+                if one.name != _RUN and one.name not in left and not target.exists():
+                    archive.extract(one, folder, filter="data")
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    (Path(folder) / one.name).rename(target)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The paper in miniature: the arms, what each is taught and asked, and the claims that two arms decide.
 
-Every arm starts from the same aligned model of its seed and takes equally many steps of equally many questions. No arm
-but `direct` is asked about sides in an image; all others have the same share of questions about sides in scenes stated
-in words. What the location objectives do not take, captions and presence questions fill.
+Image arms start from the same aligned model of their seed and take equally many steps of equally many questions, but
+for `direct`, the gate, which takes more. No other arm is asked about sides in an image, and all others have the same
+share of questions about sides in scenes stated in words. What the location objectives do not take, captions and
+presence questions fill, in the video arms captions alone. `captions` reads and says sides in images, for they are what
+its objects are told by, as in the paper's pseudo-captions.
 """
 
 from collections.abc import Sequence
@@ -10,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
+import yaml
+
 from locvlm.config import ExperimentConfig
 from locvlm.errors import ConfigError
 from locvlm.model.checkpoint import TINY_FOUNDATION
 from locvlm.training.foundation import RECIPE
 from workflows.ablation_pipeline import ARMS, FULL, Arm
-from workflows.mixtures import arm_mixture, mixture
+from workflows.mixtures import GENERIC_SHARES, STATED_SHARE, arm_mixture, mixture
 
 STEPS = 500  # of stage 2
 VIDEO_STEPS = 150  # of stage 3, or as many as of stage 2 where those are fewer
@@ -66,6 +70,12 @@ class Trained:
         if self.shares:
             return f"stages.{self.stage}.mixture={mixture(self.shares)}"
         return arm_mixture(self.arm.objectives, STATED[self.axis], self.stage)
+
+    @property
+    def presence_share(self) -> float:
+        """Of its questions in the last stage."""
+        entries = yaml.safe_load(self.mixture.partition("=")[2])
+        return float(sum(entry["weight"] for entry in entries if entry["objective"] == "presence"))
 
     @property
     def stage(self) -> str:
@@ -125,7 +135,15 @@ MINIATURE = (
     *(Trained(_BY_NAME[name]) for name in ("loc", "loc-neg", "nfp", "diga", "point")),
     CAPTIONS,
     Trained(Arm("video-full", "video: all objectives", ()), video=True),
-    Trained(Arm("video-none", "video: no location objective", (), ()), video=True),
+    Trained(
+        Arm("video-none", "video: no location objective", (), ()),
+        shares=(
+            ("generic", "caption", 0.75),
+            ("generic", "presence", GENERIC_SHARES["presence"]),  # what is evaluated is asked equally often
+            ("generic", "stated_left_right", STATED_SHARE),
+        ),
+        video=True,
+    ),
 )
 
 

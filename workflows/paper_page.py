@@ -9,6 +9,7 @@ from locvlm.records import read_json
 from locvlm.training.foundation import RECIPE
 from workflows.mixtures import STATED_SHARE
 from workflows.paper_arms import (
+    ALIGNED,
     CAPTIONER,
     CLAIMS,
     DIRECT,
@@ -50,15 +51,20 @@ def _head(plan: Plan) -> str:
 Written by `make paper`; do not edit. Drawn scenes ({plan.scenes[0]} to train on, {plan.scenes[1]} to ask about, drawn
 for this page alone), the tiny preset, {len(plan.seeds)} seeds ({", ".join(map(str, plan.seeds))}). Stage 1 and stage 2
 from the same foundation, the one that the package ships (`make foundation` makes it again), whose lessons had scenes
-and words of their own; stage 2 takes {stage.steps} steps of
-{stage.global_batch} images with {stage.conversations_per_image} questions each in every arm. No arm but `direct`
-is asked about sides in an image; {100 * STATED_SHARE:.0f} % of the questions of the others are about sides in scenes
-stated in words, of other names, so that the language model does not forget them. Where an arm lacks a location
-objective, captions and presence questions have its share. `align` is the model that all of
-them start from. Arms take equally many questions, not tokens: a place costs more tokens than a yes.
-Video arms are the full arm of their seed after {plan.video_steps} steps on drawn clips of 8 frames, in which some
-things move; they see 4 of the frames, and are asked about other clips. `direct`, the gate, takes {DIRECT.n_times}
-times the steps.
+and words of their own.
+
+- Image arms start from `align`, the model of their seed after stage 1, and take {stage.steps} steps of
+  {stage.global_batch} images with {stage.conversations_per_image} questions each. Arms take equally many questions,
+  not tokens: a place costs more tokens than a yes.
+- No arm but `direct` is asked about sides in an image; {100 * STATED_SHARE:.0f} % of the questions of the others are
+  about sides in scenes stated in words, of other names, so that the language model does not forget them.
+- Where an arm lacks a location objective, captions and presence questions have its share, half and half.
+- `captions` reads and says sides in images: they are what its objects are told by, as in the paper's pseudo-captions.
+- `direct`, the gate, is asked the evaluated questions themselves, for {DIRECT.n_times} times the steps: it tells what
+  can be learned here at all, not what can be in {stage.steps} steps.
+- Video arms start from the full arm of their seed and take {plan.video_steps} steps on drawn clips of 8 frames, in
+  which some things move; they see 4 of the frames, and are asked about other clips and what stays in place there.
+  `video-none` has captions in the place of the location objectives.
 
 A claim is *shown* when the 95 % interval of the difference over the seeds (Student's, a seed is one observation) lies
 above 0 in every figure named, and the better arm is above the floor, the best answer that never looks at the image;
@@ -133,16 +139,16 @@ def _told(plan: Plan) -> str:
         return ""
     found = read_json(path)
     share = 100 * found["word for word"] / found["objects"]
-    return f"""The captioner is the aligned model of the first seed after stage 2 on descriptions of {plan.scenes[0]}
-other scenes (`locvlm data described`: "The tent is located to the left of book."), taken from their annotations.
-Of the {found["objects"]} objects of the training scenes it describes {share:.1f} % as the annotations do, word by word.
+    return f"""The captioner is the aligned model of seed {found["seed"]} after stage 2 on what objects are told by in
+{plan.scenes[0]} other scenes (`locvlm data described`: "The tent is located to the left of book."), taken from their
+annotations. Of the {found["objects"]} objects of the training scenes it describes {share:.1f} % as the annotations do, word by word.
 What the answers are scored against are such descriptions of the test scenes: the arm with captions is taught their
 form, the other one is not.
 """
 
 
 def _arms(plan: Plan) -> str:
-    names = ["left or right", "turned around", "presence", "LocPred IoU", "NegPred F1", "RevLoc"]
+    names = ["left or right", "turned around", "asked presence", "presence", "LocPred IoU", "NegPred F1", "RevLoc"]
     figures = [
         SIDE,
         (SIDE[0], "opposite_reading"),
@@ -151,8 +157,10 @@ def _arms(plan: Plan) -> str:
         ("localization", "neg_f1"),
         ("region-description", "names_category"),
     ]
-    told = "*Turned around*: the share of answers that name the opposite side. 0 % right and 100 % turned around is a"
-    told += " model\nthat tells the sides apart and calls each by the other's name."
+    told = """*Turned around*: the share of answers that name the opposite side; with 0 % right and 100 % turned around
+a model tells the sides apart and calls each by the other's name. *Asked presence*: the share of presence questions in
+training. RevLoc is the share of answers that name the object, which the descriptions of `captions` could do by naming
+another's neighbour: left out."""
     lines = [
         "## All arms, a figure a seed",
         "",
@@ -162,9 +170,12 @@ def _arms(plan: Plan) -> str:
         "|---" * (len(names) + 1) + "|",
     ]
     for trained in MINIATURE:
-        cells = [_values(plan, trained.name, *figure) for figure in figures]
+        cells = [_each(_values(plan, trained.name, *figure) or []) for figure in figures]
+        if trained.captioned:
+            cells[-1] = ""
         if any(cells):
-            lines.append(f"| {trained.name} | {' | '.join(_each(values) if values else '' for values in cells)} |")
+            cells.insert(2, "" if trained is ALIGNED else f"{100 * trained.presence_share:.0f}")
+            lines.append(f"| {trained.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -178,11 +189,14 @@ def _contrast(plan: Plan, better: str, other: str, task: str, figure: str) -> Co
 
 
 def _values(plan: Plan, name: str, task: str, figure: str) -> list[float] | None:
-    """A figure of an arm, seed by seed."""
+    """A figure of an arm, seed by seed; None where it is not finished for every seed, or has no such figure."""
     paths = [plan.metrics(name, seed, task) for seed in plan.seeds]
     if not all(path.is_file() for path in paths):
         return None
-    return [float(read_metrics(path)["figures"][figure]["value"]) for path in paths]
+    found = [read_metrics(path)["figures"] for path in paths]
+    if not all(figure in figures for figures in found):  # points have no overlap
+        return None
+    return [float(figures[figure]["value"]) for figures in found]
 
 
 def _verdict(found: Contrast | None) -> Verdict:

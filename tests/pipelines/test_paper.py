@@ -13,7 +13,7 @@ import yaml
 
 from locvlm.evaluation.verdicts import contrast
 from locvlm.model.checkpoint import TINY_FOUNDATION
-from workflows import paper
+from workflows import paper, paper_arms
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def test_the_page_has_each_claim_with_a_verdict(run: Path) -> None:
     objects = json.loads((root / "captioner.json").read_text())["objects"]
     assert f"Of the {objects} objects of the training scenes it describes 0.0 %" in page
     assert "| presence, asked directly in training | not run |" in page
-    found = [arm.name for arm in paper.MINIATURE if f"\n| {arm.name} |" in page.split("## All arms")[1]]
+    found = [arm.name for arm in paper_arms.MINIATURE if f"\n| {arm.name} |" in page.split("## All arms")[1]]
     assert found == ["full", "align", "captions", "video-full"]
     receipt = json.loads((root / "models" / "0" / "video-full" / "receipt.json").read_text())
     assert (receipt["stage"], Path(receipt["parent"]).name) == ("video", "full")
@@ -70,7 +70,7 @@ def test_score_computes_the_figures_from_the_packed_answers_again(run: Path) -> 
     with tarfile.open(run / "miniature.answers.tar.xz") as archive:
         archive.extractall(run / "unpacked", filter="data")
     kept = run / "unpacked" / "predictions" / "0" / "captions"
-    assert {path.name for path in kept.iterdir()} == {f"{task}.jsonl" for task in paper.TASKS}
+    assert {path.name for path in kept.iterdir()} == {f"{task}.jsonl" for task in paper_arms.TASKS}
     argv = ["score", "--task", "presence", "--predictions", str(kept / "presence.jsonl")]
     argv += ["--output", str(run / "again.json")]
     subprocess.run([sys.executable, "-m", "locvlm", *argv], check=True, capture_output=True)
@@ -79,15 +79,44 @@ def test_score_computes_the_figures_from_the_packed_answers_again(run: Path) -> 
 
 
 @pytest.mark.timeout(280)
-def test_on_another_machine_the_packed_answers_are_taken_as_done(run: Path, tmp_path: Path) -> None:
+def test_on_another_machine_the_packed_answers_are_taken_as_done(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "miniature.md"
     packed = run / "miniature.answers.tar.xz"
     shutil.copy(packed, tmp_path)
-    arguments = [*ARGUMENTS, "--runs", str(tmp_path / "runs"), "--output", str(page), "--continue"]
-    assert paper.main(arguments) == 0
+    arguments = [*ARGUMENTS, "--runs", str(tmp_path / "runs"), "--output", str(page), "--only-report"]
+    assert paper.main(arguments) == 2
+    assert "would be replaced; take them with --continue" in capsys.readouterr().err
+    assert paper.main([*arguments, "--continue"]) == 0
     assert page.read_text() == (run / "miniature.md").read_text()
     assert (tmp_path / packed.name).read_bytes() == packed.read_bytes()
     assert not list((tmp_path / "runs").glob("*/models"))  # nothing was trained
+    (root,) = (tmp_path / "runs").iterdir()
+    metrics = root / "predictions" / "0" / "full" / "localization.metrics.json"
+    values = json.loads(metrics.read_text())
+    del values["figures"]["mean_iou"]  # as of an arm that says points
+    metrics.write_text(json.dumps(values))
+    assert paper.main(arguments) == 0
+    assert "| full |" in page.read_text()
+    (root / "predictions" / "0" / "full" / "presence.jsonl").unlink()  # an arm without all of its answers is not packed
+    (tmp_path / packed.name).unlink()
+    assert paper.main(arguments) == 0
+    with tarfile.open(tmp_path / packed.name) as archive:
+        assert {Path(name).parent.name for name in archive.getnames() if name.endswith(".jsonl")} == {*ARMS[1:]}
+
+
+def test_answers_under_other_settings_are_not_taken_for_those_of_today(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(paper, "QUESTIONS", 4)
+    assert paper.main([*ARGUMENTS, "--runs", str(run / "runs"), "--output", str(tmp_path / "x.md")]) == 2
+    assert f"answers or models of {', '.join(sorted(ARMS))} with other settings" in capsys.readouterr().err
+    shutil.copy(run / "miniature.answers.tar.xz", tmp_path)
+    arguments = [*ARGUMENTS, "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "miniature.md")]
+    assert paper.main([*arguments, "--continue", "--only-report"]) == 0
+    assert f"other settings than those of today: {', '.join(sorted(ARMS))}" in capsys.readouterr().out
+    assert "**not run**" in (tmp_path / "miniature.md").read_text()
 
 
 def test_answers_of_another_run_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +132,7 @@ def test_answers_of_another_run_are_refused(run: Path, tmp_path: Path, capsys: p
 
 
 def test_arms_differ_in_the_location_objectives_alone() -> None:
-    by_name = {arm.name: arm for arm in paper.MINIATURE}
+    by_name = {arm.name: arm for arm in paper_arms.MINIATURE}
     assert "loc_pred" in by_name["full"].mixture
     assert "loc_pred" not in by_name["none"].mixture
     for name, trained in by_name.items():
@@ -112,11 +141,11 @@ def test_arms_differ_in_the_location_objectives_alone() -> None:
         assert key == f"stages.{'video' if trained.video else 'instruct'}.mixture"
         assert sum(weights.values()) == pytest.approx(1)
         if name != "direct":
-            assert weights["presence"] == weights["caption"]
+            assert name == "video-none" or weights["presence"] == weights["caption"]
             (stated,) = weights.keys() - {"presence", "caption", "loc_pred", "neg_pred", "rev_loc"}
-            assert stated == ("stated_above_below" if trained.axis == paper.VERTICAL else "stated_left_right")
+            assert stated == ("stated_above_below" if trained.axis == paper_arms.VERTICAL else "stated_left_right")
             assert weights[stated] == 0.2
-    named = {name for claim in paper.CLAIMS for first, second, *_ in claim.contrasts for name in (first, second)}
+    named = {name for claim in paper_arms.CLAIMS for first, second, *_ in claim.contrasts for name in (first, second)}
     assert named <= by_name.keys()
 
 
