@@ -141,7 +141,8 @@ def _told(plan: Plan) -> str:
     share = 100 * found["word for word"] / found["objects"]
     return f"""The captioner is the aligned model of seed {found["seed"]} after stage 2 on what objects are told by in
 {plan.scenes[0]} other scenes (`locvlm data described`: "The tent is located to the left of book."), taken from their
-annotations. Of the {found["objects"]} objects of the training scenes it describes {share:.1f} % as the annotations do, word by word.
+annotations. It describes {share:.1f} % of the {found["objects"]} objects of the training scenes as the annotations do,
+word by word.
 What the answers are scored against are such descriptions of the test scenes: the arm with captions is taught their
 form, the other one is not.
 """

@@ -51,7 +51,7 @@ def test_the_page_has_each_claim_with_a_verdict(run: Path) -> None:
     (row,) = [row for row in page.split("### c:")[1].splitlines() if row.startswith("| METEOR ")]
     assert f"| {100 * contrast(better, other).difference:+.1f} |  | not shown |" in row
     objects = json.loads((root / "captioner.json").read_text())["objects"]
-    assert f"Of the {objects} objects of the training scenes it describes 0.0 %" in page
+    assert f"It describes 0.0 % of the {objects} objects of the training scenes" in page
     assert "| presence, asked directly in training | not run |" in page
     found = [arm.name for arm in paper_arms.MINIATURE if f"\n| {arm.name} |" in page.split("## All arms")[1]]
     assert found == ["full", "align", "captions", "video-full"]
