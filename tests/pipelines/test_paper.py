@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     few.undo()
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_the_page_has_each_claim_with_a_verdict(run: Path) -> None:
     page = (run / "miniature.md").read_text()
     rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ") and "**" in line}
@@ -64,7 +64,7 @@ def test_the_page_has_each_claim_with_a_verdict(run: Path) -> None:
     assert f"above or below in stated scenes, names held out | {100 * reading['height']:.1f} | 90 | no |" in page
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_score_computes_the_figures_from_the_packed_answers_again(run: Path) -> None:
     (root,) = (run / "runs").iterdir()
     with tarfile.open(run / "miniature.answers.tar.xz") as archive:
@@ -78,7 +78,7 @@ def test_score_computes_the_figures_from_the_packed_answers_again(run: Path) -> 
     assert _figures(run / "again.json") == _figures(scored)
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_on_another_machine_the_packed_answers_are_taken_as_done(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
