@@ -203,11 +203,12 @@ CLAIMS = (
             ("loc", "none", *SIDE, "LocPred added: left or right, accuracy"),
             ("loc-neg", "loc", *SIDE, "NegPred added: left or right, accuracy"),
             ("full", "loc-neg", *SIDE, "RevLoc added: left or right, accuracy"),
+            ("full", "loc-neg", "region-description", "names_category", "RevLoc added: names the object at a place"),
         ),
     ),
     Claim(
         "f",
-        "boxes against points",
+        "boxes against points (in the paper they are equal)",
         "11",
         (("full", "point", *SIDE, "left or right, accuracy"),),
     ),

@@ -57,7 +57,8 @@ and words of their own.
   {stage.global_batch} images with {stage.conversations_per_image} questions each. Arms take equally many questions,
   not tokens: a place costs more tokens than a yes.
 - No arm but `direct` is asked about sides in an image; {100 * STATED_SHARE:.0f} % of the questions of the others are
-  about sides in scenes stated in words, of other names, so that the language model does not forget them.
+  about sides in scenes stated in words, of other names, so that the language model does not forget them. Columns and
+  rows stand there as whole numbers, as integer-valued binning writes them: in claim d that is in its favour.
 - Where an arm lacks a location objective, captions and presence questions have its share, half and half.
 - `captions` reads and says sides in images: they are what its objects are told by, as in the paper's pseudo-captions.
 - `direct`, the gate, is asked the evaluated questions themselves, for {DIRECT.n_times} times the steps: it tells what
