@@ -14,6 +14,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayActorError
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -72,10 +73,14 @@ def train_on_ray(job: Job, n_workers: int) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _cause(error) from error
+    for left in reversed(range(cluster.max_failures + 1)):
+        try:
+            trainer.fit()
+            return
+        except ray.train.TrainingFailedError as error:
+            if not (left and _lost_while_starting(error)):
+                raise _cause(error) from error
+            log.warning("training %s: a worker was lost while it started; starting the workers again", job.stage)
 
 
 class RayCheckpoints:
@@ -117,6 +122,12 @@ def _worker(values: dict[str, Any]) -> None:
     job = Job.from_dict(values)
     torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
     run(job, RayCheckpoints(), get_device())
+
+
+def _lost_while_starting(error: Exception) -> bool:
+    """Whether a worker died after it was made and before it was at work. Ray Train restarts for all other losses, and
+    gives up for this one."""
+    return isinstance(error, ray.train.ControllerError) and isinstance(error.controller_failure, RayActorError)
 
 
 def _cause(error: Exception) -> LocVLMError:

@@ -1,21 +1,26 @@
 """A stage as a Ray Train job with two workers, one of which is really killed."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from ray import cloudpickle
 from safetensors.torch import load_file
 
 from locvlm.config import dump_config, resolve
-from locvlm.training.ray_train import local_head
+from locvlm.training.ray_train import local_head, train_on_ray
+from locvlm.training.stage import Job
 from tests.tiny import World, build_world
 
 STEPS = 20
@@ -75,6 +80,47 @@ def test_a_killed_worker_costs_nothing_but_time(world: World, tmp_path: Path, he
     assert receipt["kept"] == {"figure": "loss", "value": best["loss"], "step": best["step"]}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_worker_that_dies_before_it_is_at_work_is_made_again(
+    world: World, tmp_path: Path, head: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray Train gives up when a worker is lost after it was made and before the training function runs in it."""
+    config = resolve(world.config.model_dump(mode="json"), ["cluster.cpus_per_worker=1", "stages.align.steps=2"])
+    job = _Fatal("align", config, {"generic": world.data["generic"]}, world.images, tmp_path / "model")
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with caplog.at_level(logging.WARNING):
+        train_on_ray(job, 1)
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert "lost while it started" in caplog.text
+    assert (tmp_path / "died").exists()
+    assert _rows(job.output / "attempts.jsonl") == [{"step": 0, "workers": 1}]
+
+
+class _Fatal(Job):
+    """Kills the first worker that is handed the training function; Ray hands over the settings by themselves before."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "fatal": _Fuse(self.output.parent / "died")}
+
+
+@dataclass
+class _Fuse:
+    burnt: Path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _burn, (self.burnt,)
+
+
+def _burn(burnt: Path) -> _Fuse:
+    lit = "LOCVLM_TEST_LIT" in os.environ
+    os.environ["LOCVLM_TEST_LIT"] = "1"
+    if lit and not burnt.exists() and _is_ray_worker(psutil.Process()):
+        burnt.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _Fuse(burnt)
+
+
 def _start(world: World, config: Path, output: Path, log: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "locvlm", "train", "--stage", "align", "--config", str(config), "--workers", "2"]
     command += ["--validate", f"localize={world.data['localize']}"]
@@ -85,12 +131,16 @@ def _start(world: World, config: Path, output: Path, log: Path) -> "subprocess.P
 
 def _is_worker(process: psutil.Process, head: str) -> bool:
     """Whether it is a training worker below this head's raylet: other tests have heads of their own meanwhile."""
-    if not any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
-        return False
     try:
+        if not _is_ray_worker(process):
+            return False
         return any(part.endswith(f"address={head}") for part in psutil.Process(process.info["ppid"]).cmdline())
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return False
+
+
+def _is_ray_worker(process: psutil.Process) -> bool:
+    return any("RayTrainWorker" in part for part in process.cmdline())
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
