@@ -14,6 +14,7 @@ from locvlm.config import StageConfig
 from locvlm.data.collate import Batch
 from locvlm.errors import CheckpointError
 from locvlm.model.variants import LocVLM
+from locvlm.training.precision import autocast, say
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -87,6 +88,8 @@ class TorchEngine:
     def __init__(self, model: LocVLM, stage: StageConfig, device: torch.device) -> None:
         self.rank, self.world = rank_and_world()
         self.device, self.stage = device, stage
+        if self.rank == 0:
+            say(device, stage.precision)
         self.model = model.to(device)
         self.trained = trainable(model)
         self.optimizer = torch.optim.AdamW(
@@ -174,7 +177,7 @@ class TorchEngine:
         return {name: p.detach().to("cpu", torch.float32) for name, p in self.trained.items()}
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.precision == "bf16")
+        return autocast(self.device, self.stage.precision)
 
 
 def rank_and_world() -> tuple[int, int]:

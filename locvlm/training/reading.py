@@ -26,6 +26,7 @@ from locvlm import prompts
 from locvlm.data.generic import joined_names
 from locvlm.model.tokenizer import TextEncoder
 from locvlm.model.variants import LocVLM
+from locvlm.training.precision import autocast
 
 log = logging.getLogger(__name__)
 
@@ -473,7 +474,7 @@ def _logits(model: LocVLM, ids: torch.Tensor, soft: torch.Tensor | None = None) 
     embedded = model.model.language_model.embed_tokens(ids)
     if soft is not None:
         embedded = embedded.masked_scatter((ids == model.config.image_token_id)[..., None], soft)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(torch.device("cpu")):
         hidden = model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         logits: torch.Tensor = model.lm_head(hidden)
     return logits

@@ -19,6 +19,7 @@ from locvlm.geometry import ImageGeometry
 from locvlm.model.variants import LocVLM
 from locvlm.pixels import ImageSource, normalised
 from locvlm.records import ImageRecord
+from locvlm.training.precision import autocast
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def _read(
     model: LocVLM, heads: _Heads, pixels: npt.NDArray[np.uint8]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the heads say of category, column and row of every patch."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(torch.device("cpu")):
         features = model.patch_features(torch.from_numpy(normalised(list(pixels))))
         return heads.shown(features), heads.column(features), heads.row(features)
 
