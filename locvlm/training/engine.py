@@ -1,5 +1,6 @@
 """How a step is spread over processes: the loop knows an engine, not a framework."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,8 +48,9 @@ class Engine(Protocol):
         """Sum of each value over all ranks."""
 
     def update(self, learning_rate: float) -> float:
-        """Clip and apply the gradients, clear them; returns the gradient norm before clipping. The adapter moves at
-        its own share of the learning rate where the stage gives it one."""
+        """Clip and apply the gradients, clear them; returns the gradient norm before clipping. Where that is not finite
+        the run ends, and plain PyTorch moves nothing. The adapter moves at its own share of the learning rate where the
+        stage gives it one."""
 
     def discard(self) -> None:
         """Clear the gradients without an update."""
@@ -124,12 +126,13 @@ class TorchEngine:
         return all_reduced(values, self.world, self.device)
 
     def update(self, learning_rate: float) -> float:
-        """One AdamW step."""
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.stage.clip_norm)
+        """One AdamW step; none with gradients that are not finite."""
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.stage.clip_norm))
         set_rate(self.optimizer.param_groups, learning_rate)
-        self.optimizer.step()
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.discard()
-        return float(norm)
+        return norm
 
     def discard(self) -> None:
         """Drop the gradients."""
@@ -138,11 +141,12 @@ class TorchEngine:
     def rehearse(self, batch: Batch) -> torch.Tensor:
         """With gradients of zero and a learning rate of zero."""
         loss = self.accumulate(batch, 0.0, last=True)
+        for parameter in self.trained.values():
+            if parameter.grad is not None:
+                parameter.grad.zero_()  # 0 x an infinite loss is not zero
         self.update(0.0)
         for state in self.optimizer.state.values():
             state["step"].zero_()
-            for key in MOMENTS:
-                state[key].zero_()  # 0 x an infinite loss is not zero
         return loss
 
     def snapshot(self) -> States:

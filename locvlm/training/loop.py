@@ -95,11 +95,13 @@ def share(stage: StageConfig, rank: int, world: int, *, elastic: bool = False) -
 
 
 def micro_batches(n_samples: int, stage: StageConfig, world: int, micro_batch: int) -> list[range]:
-    """A rank's samples in forward passes of at most `micro_batch` (0: all at once): as many passes on every rank, none
-    empty, since the ranks meet in each of them."""
+    """A rank's samples in forward passes of at most `micro_batch` (0: all at once): as many passes on every rank, since
+    the ranks meet in each of them. Of an elastic run's rank with fewer samples than passes the last pass is empty."""
     largest = -(-stage.global_batch // world)
-    n_passes = min(-(-largest // micro_batch) if micro_batch else 1, n_samples)
-    return [range(i * n_samples // n_passes, (i + 1) * n_samples // n_passes) for i in range(n_passes)]
+    n_passes = -(-largest // micro_batch) if micro_batch else 1
+    n_filled = min(n_passes, n_samples)
+    filled = [range(i * n_samples // n_filled, (i + 1) * n_samples // n_filled) for i in range(n_filled)]
+    return filled + [range(n_samples, n_samples)] * (n_passes - n_filled)
 
 
 def train(
@@ -158,7 +160,8 @@ def train(
 
 class _Loader:
     """The batches of each step, one a forward pass; with threads, those of the next step are made while this one is
-    computed. `parts`: the places of a batch's samples among those of `indices`."""
+    computed. `parts`: the places of a batch's samples among those of `indices`; an empty one has the first sample, for
+    a pass that counts for nothing."""
 
     def __init__(
         self,
@@ -183,7 +186,7 @@ class _Loader:
         return self.coming.pop(step).result()
 
     def _collated(self, samples: Sequence[Sample]) -> list[Batch]:
-        batches = [collate([samples[i] for i in part], self.pad_id) for part in self.parts]
+        batches = [collate([samples[i] for i in part] or samples[:1], self.pad_id) for part in self.parts]
         return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
 
     def _collated_when_made(self, samples: Sequence[Future[Sample]]) -> list[Batch]:
@@ -211,8 +214,8 @@ class _Run:
         self.stage, self.data, self.engine, self.checkpoints = stage, data, engine, checkpoints
         self.pad_id = pad_id
         self.total = n_steps(stage, len(data))
-        self.own = share(stage, engine.rank, engine.world, elastic=cluster.min_workers > 0)
-        self.parts = micro_batches(len(self.own), stage, engine.world, cluster.micro_batch)
+        self.cluster = cluster
+        self.own, self.parts = self._work_of(engine.rank)
         self.loader = _Loader(
             data,
             lambda step: [step * stage.global_batch + i for i in self.own],
@@ -237,7 +240,7 @@ class _Run:
                 f"({(str(error) or 'out of memory').splitlines()[0]}); lower cluster.micro_batch, turn "
                 "cluster.recompute on, or use a higher ZeRO stage (cluster.engine) or more GPUs"
             ) from None
-        self._refuse_bad(0, [float(loss)], [longest])
+        self._refuse_bad(0, [float(loss)], lambda rank, number: longest)
 
     def resume(self) -> Point:
         """Take up the last checkpoint; returns its point, that of step 0 for a new run."""
@@ -267,23 +270,30 @@ class _Run:
         # what a step draws (dropout) hangs on nothing that was drawn before
         torch.manual_seed(_step_seed(self.data.seed, step, self.engine.rank))
         batches = self.loader.batches(step, ahead=step + 1 < self.total)
+        counted = [batch for batch, part in zip(batches, self.parts, strict=True) if part]
         targets, tokens, conversations, leaving = self.engine.total(
             [
-                float(sum(batch.n_targets for batch in batches)),
-                float(sum(batch.n_tokens for batch in batches)),
-                float(sum(batch.n_conversations for batch in batches)),
+                float(sum(batch.n_targets for batch in counted)),
+                float(sum(batch.n_tokens for batch in counted)),
+                float(sum(batch.n_conversations for batch in counted)),
                 float(self.checkpoints.preempted()),
             ]
         )
         losses = [
-            self.engine.accumulate(batch, 1 / targets, last=number == len(batches))
-            for number, batch in enumerate(batches, 1)
-        ]
-        first = step * self.stage.global_batch
-        passes = [[first + self.own[i] for i in part] for part in self.parts]
+            self.engine.accumulate(batch, 1 / targets if part else 0.0, last=number == len(batches))
+            for number, (batch, part) in enumerate(zip(batches, self.parts, strict=True), 1)
+        ][: len(counted)]
         # the only look at the losses: until here the device works ahead of this process
-        loss_sum = self._refuse_bad(step + 1, torch.stack(losses).tolist(), passes)
+        loss_sum = self._refuse_bad(
+            step + 1, torch.stack(losses).tolist(), lambda rank, number: self._samples(step, rank, number)
+        )
         norm = self.engine.update(rate)
+        if not math.isfinite(norm):
+            raise NonFiniteLossError(
+                f"training step {step + 1}: the loss is a number ({loss_sum / targets:.4g} a token), but its gradient "
+                "is not finite; nothing was saved since the last checkpoint: lower the learning rate, or use precision "
+                "fp32"
+            )
         for name, value in (("targets", targets), ("tokens", tokens), ("conversations", conversations)):
             self.counters[name] += value
         warned, self.leaving = leaving > 0 and not self.leaving, leaving > 0
@@ -305,8 +315,19 @@ class _Run:
 
         self.checkpoints.save(point.step, write, point)
 
-    def _refuse_bad(self, step: int, losses: list[float], passes: Sequence[Sequence[int]]) -> float:
-        """The loss sum over all ranks. Raises NonFiniteLossError, on every rank, that names the samples."""
+    def _work_of(self, rank: int) -> tuple[range, list[range]]:
+        """The places in the global batch that are a rank's, and those in a forward pass among them."""
+        own = share(self.stage, rank, self.engine.world, elastic=self.cluster.min_workers > 0)
+        return own, micro_batches(len(own), self.stage, self.engine.world, self.cluster.micro_batch)
+
+    def _samples(self, step: int, rank: int, number: int) -> list[int]:
+        """The samples of a rank's forward pass `number` (from 0)."""
+        own, parts = self._work_of(rank)
+        return [step * self.stage.global_batch + own[i] for i in parts[number]]
+
+    def _refuse_bad(self, step: int, losses: list[float], samples: Callable[[int, int], Sequence[int]]) -> float:
+        """The loss sum over all ranks. Raises NonFiniteLossError, on every rank, that names the samples; `samples`:
+        those of (rank, forward pass)."""
         bad = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), None)
         # every rank tells where its first bad sample is (plus one), so that all can say it
         where = [0.0] * self.engine.world
@@ -317,13 +338,11 @@ class _Run:
             return loss_sum
         self.engine.discard()
         rank = next(number for number, value in enumerate(found) if value)
-        names = ""
-        if bad is not None and rank == self.engine.rank:
-            names = f" ({', '.join(self.data.describe(index) for index in passes[bad])})"
+        names = ", ".join(self.data.describe(index) for index in samples(rank, int(found[rank]) - 1))
         doing = f"training step {step}" if step else "trying the longest batch before step 1"
         raise NonFiniteLossError(
             f"{doing}: the loss is not a finite number; nothing was updated. It comes from forward pass "
-            f"{int(found[rank])} of rank {rank}{names}; lower the learning rate or look at these samples"
+            f"{int(found[rank])} of rank {rank} ({names}); lower the learning rate or look at these samples"
         )
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +246,48 @@ def test_a_loss_that_is_not_a_number_stops_before_anything_moves(world: World, t
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
 
 
+def test_every_rank_names_the_samples_that_another_rank_found_bad(world: World, tmp_path: Path) -> None:
+    """Ray hands on what the first rank says, whichever rank it was."""
+
+    class OtherRank(TorchEngine):
+        """The second of two ranks reports its first pass in step 1; it has samples 2 and 3 of 4."""
+
+        looks = 0
+
+        def total(self, values: Sequence[float]) -> list[float]:
+            found = list(values)
+            if len(found) == 3:  # loss, and where each rank's first bad sample is
+                self.looks += 1
+                found[2] = float(self.looks == 2)  # the first look is at the longest batch
+            return found
+
+    config = changed(world.config, "stages.instruct.global_batch=4", "stages.instruct.steps=2")
+    loaded = start(config, None)
+    set_trainable(loaded.model, ("adapter", "language"))
+    data = training_data(world, loaded, config)
+    engine = OtherRank(loaded.model, config.stages.instruct, torch.device("cpu"))
+    engine.world = 2
+    with pytest.raises(NonFiniteLossError) as error:
+        train(config.stages.instruct, data, engine, FolderCheckpoints(tmp_path), 3, cluster(micro_batch=1))
+    assert (
+        f"training step 1: the loss is not a finite number; nothing was updated. It comes from forward pass 1 of rank 1 ({data.describe(2)})"
+        in str(error.value)
+    )
+
+
+def test_a_gradient_that_is_not_a_number_moves_nothing(world: World, tmp_path: Path) -> None:
+    loaded = start(world.config, None)
+    set_trainable(loaded.model, ("adapter", "language"))
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    loaded.model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+    engine = TorchEngine(loaded.model, world.config.stages.instruct, torch.device("cpu"))
+    data = training_data(world, loaded, world.config)
+    with pytest.raises(NonFiniteLossError, match=r"training step 1: .* gradient is not finite"):
+        train(world.config.stages.instruct, data, engine, FolderCheckpoints(tmp_path), 3, cluster())
+    assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+    assert FolderCheckpoints(tmp_path).latest() is None
+
+
 def test_a_model_that_is_broken_from_the_start_is_found_before_the_first_step(world: World, tmp_path: Path) -> None:
     loaded = start(world.config, None)
     set_trainable(loaded.model, ("adapter", "language"))
@@ -345,7 +387,9 @@ def test_recomputing_activations_changes_nothing(world: World, tmp_path: Path) -
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize(("batch", "world_size", "micro"), [(64, 8, 3), (64, 3, 4), (7, 3, 2), (5, 5, 4), (64, 8, 0)])
+@pytest.mark.parametrize(
+    ("batch", "world_size", "micro"), [(64, 8, 3), (64, 3, 4), (7, 3, 2), (5, 5, 4), (64, 8, 0), (64, 3, 1), (48, 5, 1)]
+)
 def test_every_rank_makes_as_many_passes_and_no_sample_is_lost(batch: int, world_size: int, micro: int) -> None:
     settings = changed(preset("locvlm-b"), f"stages.instruct.global_batch={batch}").stages.instruct
     shares = [share(settings, rank, world_size, elastic=True) for rank in range(world_size)]
@@ -354,7 +398,24 @@ def test_every_rank_makes_as_many_passes_and_no_sample_is_lost(batch: int, world
     assert len({len(parts) for parts in passes}) == 1
     for own, parts in zip(shares, passes, strict=True):
         assert [i for part in parts for i in part] == list(range(len(own)))
-        assert all(1 <= len(part) <= (micro or batch) for part in parts)
+        assert all(len(part) <= (micro or batch) for part in parts)
+        assert all(parts[:-1])  # only the last may be empty
+
+
+def test_a_pass_without_samples_counts_for_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that has fewer samples than passes meets the others in one more."""
+    plain, point = _train(world, tmp_path / "plain", steps=2, micro_batch=3)
+
+    def one_more(n_samples: int, *rest: Any) -> list[range]:
+        return [*micro_batches(n_samples, *rest), range(n_samples, n_samples)]
+
+    monkeypatch.setattr("locvlm.training.loop.micro_batches", one_more)
+    padded, same = _train(world, tmp_path / "padded", steps=2, micro_batch=3)
+    assert dataclasses.replace(same, seconds=0) == dataclasses.replace(point, seconds=0)
+    ours, theirs = padded.model.state_dict(), plain.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(world: World, tmp_path: Path) -> None:
