@@ -26,6 +26,8 @@ DEFAULT_MFU = 0.4
 PAPER_SAMPLES = {"align": 595_375, "instruct": 191_798, "video": 100_010}
 # Tokens of text a conversation: a short caption; system text and 2.1 turns of 52; an instruction and its answer
 TEXT_TOKENS = {"align": 24, "instruct": 152, "video": 160}
+# DeepSpeed's defaults, in values: a bucket of the exchange (one reduces, one gathers); whole weights alive in ZeRO 3
+_ZERO_BUCKET, _ZERO_GATHERED = 500_000_000, 1_000_000_000
 RESERVE_GIB = 3.0  # CUDA context, NCCL buffers, fragmentation
 
 
@@ -153,20 +155,26 @@ def memory_gib(
     images: int = 1,
     recompute: bool = True,
 ) -> float:
-    """GiB a GPU: fp32 weights, gradients and AdamW moments (sharded by ZeRO stage), a bf16 copy of the weights where
-    the precision asks for it, activations (of one block and all block inputs with `recompute`, else of all blocks), and
-    the logits of the supervised half.
+    """GiB a GPU: states, activations (of one block and all block inputs with `recompute`, else of all blocks), and the
+    logits of the supervised half.
 
-    ZeRO 1 shards the optimizer's moments, 2 also the gradients, 3 also the weights.
+    States without ZeRO: fp32 weights, gradients and AdamW moments, and autocast's bf16 copy of the weights. With ZeRO,
+    as DeepSpeed keeps them: weights and gradients in the stage's precision, an fp32 master with its gradient and
+    moments spread over the GPUs, and the buffers of the exchange; ZeRO 2 spreads the gradients too, 3 the weights too.
     """
     parts = count_parameters(model)
     total = sum(parts.values())
     trained = sum(parts[name] for name in stage.trainable)
-    weights = 4.0 * total / (gpus if zero >= 3 else 1)
-    gradients = 4.0 * trained / (gpus if zero >= 2 else 1)
-    moments = 8.0 * trained / (gpus if zero >= 1 else 1)
     bytes_per_value = 2 if stage.precision == "bf16" else 4
-    copy = 2.0 * total / (gpus if zero >= 3 else 1) if stage.precision == "bf16" else 0.0
+    if zero:
+        weights = bytes_per_value * total / (gpus if zero >= 3 else 1)
+        gradients = bytes_per_value * trained / (gpus if zero >= 2 else 1)
+        spread = (4 + 4 + 8) * trained / gpus
+        gathered = min(total, _ZERO_GATHERED) if zero >= 3 else 0
+        buffers = bytes_per_value * (2 * min(trained, _ZERO_BUCKET) + gathered)
+        states = weights + gradients + spread + buffers
+    else:
+        states = 4.0 * total + (4 + 8) * trained + (2.0 * total if stage.precision == "bf16" else 0.0)
     t, v = model.language, model.vision
     positions = micro_batch * tokens
     # what a block keeps for its way back: 10 and 3 to 4 tensors of the two widths, as measured (test_plan.py)
@@ -175,7 +183,7 @@ def memory_gib(
     blocks = inputs + block if recompute else t.n_layers * block
     logits = positions / 2 * t.vocab_size * (4 + 4 + bytes_per_value)
     vision = micro_batch * images * (v.n_tokens + 1) * (6 * v.hidden_size + v.ffn_size) * bytes_per_value
-    return (weights + gradients + moments + copy + blocks + logits + vision) / 2**30
+    return (states + blocks + logits + vision) / 2**30
 
 
 def visual_tokens(config: ExperimentConfig, stage: str) -> tuple[int, int]:

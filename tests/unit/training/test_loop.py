@@ -269,10 +269,8 @@ def test_every_rank_names_the_samples_that_another_rank_found_bad(world: World, 
     engine.world = 2
     with pytest.raises(NonFiniteLossError) as error:
         train(config.stages.instruct, data, engine, FolderCheckpoints(tmp_path), 3, cluster(micro_batch=1))
-    assert (
-        f"training step 1: the loss is not a finite number; nothing was updated. It comes from forward pass 1 of rank 1 ({data.describe(2)})"
-        in str(error.value)
-    )
+    assert str(error.value).startswith("training step 1: the loss is not a finite number; nothing was updated.")
+    assert f"forward pass 1 of rank 1 ({data.describe(2)})" in str(error.value)
 
 
 def test_a_gradient_that_is_not_a_number_moves_nothing(world: World, tmp_path: Path) -> None:
