@@ -188,10 +188,12 @@ def open_conversations(path: Path) -> ConversationFile:
     Raises DataError for a missing, cut-short or foreign file, or when most records of a list cannot be used.
     """
     file = _find(path)
+    # a list of any other name may lie beside the manifest of something else
+    is_ours = file.name in (ARROW_NAME, LLAVA_NAME) and (file.parent / "manifest.json").is_file()
+    manifest = read_manifest(file.parent) if is_ours else None
     if file.name.endswith((".json", ".json.gz")):
-        return _read_llava(file)
-    has_manifest = (file.parent / "manifest.json").is_file()
-    return ConversationFile(_map_arrow(file), file, read_manifest(file.parent) if has_manifest else None)
+        return _read_llava(file, manifest)
+    return ConversationFile(_map_arrow(file), file, manifest)
 
 
 def llava_record(conversation: Conversation, text_turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -364,7 +366,7 @@ def _map_arrow(file: Path) -> pa.Table:
     )
 
 
-def _read_llava(file: Path) -> ConversationFile:
+def _read_llava(file: Path, manifest: dict[str, Any] | None) -> ConversationFile:
     """A LLaVA list as literal conversations, held in Arrow buffers rather than as Python objects."""
     data = read_bytes(file)
     try:
@@ -376,7 +378,7 @@ def _read_llava(file: Path) -> ConversationFile:
     skipped: Counter[str] = Counter()
     batches = list(_batches(literal_conversations(raws, skipped)))
     refuse_if_most_skipped(file, "records", skipped, len(raws))
-    return ConversationFile(pa.Table.from_batches(batches, _SCHEMA), file, None, skipped)
+    return ConversationFile(pa.Table.from_batches(batches, _SCHEMA), file, manifest, skipped)
 
 
 def _encode_again(file: Path, data: bytes) -> list[bytes]:

@@ -113,6 +113,11 @@ def load(path: Path | str) -> LoadedModel:
         )
     if (folder / LORA_FOLDER).is_dir():
         merge_lora(model, folder / LORA_FOLDER)
+    elif (folder / "receipt.json").is_file() and read_json(folder / "receipt.json").get("lora"):
+        raise CheckpointError(
+            f"{doing}: it was trained with LoRA and its folder {LORA_FOLDER}/ is missing: what lies there is the model "
+            "before; copy the whole folder again"
+        )
     model.eval()
     tokenizer = read_tokenizer(folder)
     try:

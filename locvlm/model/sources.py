@@ -124,9 +124,33 @@ def from_llava(folder: Path, config: ExperimentConfig) -> Assembled:
     """The model of a LLaVA checkpoint, adapter included: the llava-hf layout, or the original one, whose vision tower
     lies elsewhere (`mm_vision_tower`; `model.vision.source` of the config stands in for it).
 
-    Raises CheckpointError for a folder that is not whole or whose shape or adapter differs from the config's.
+    Raises CheckpointError for a folder that is not whole, whose shape or adapter differs from the config's, or that was
+    trained on other features of the tower or with marks around the image.
     """
+    values = _config_values(folder)
+    layer = _feature_layer(folder, values)
+    if layer != config.model.vision.feature_layer:
+        raise CheckpointError(
+            f"loading the LLaVA checkpoint {folder}: its adapter reads layer {layer} of the vision tower, the config's "
+            f"layer {config.model.vision.feature_layer}; set model.vision.feature_layer={layer}"
+        )
+    if values.get("mm_use_im_start_end"):
+        raise CheckpointError(
+            f"loading the LLaVA checkpoint {folder}: it was trained with marks around the image (mm_use_im_start_end), "
+            "which our template does not write; needed is one without, as LLaVA-1.5 is"
+        )
     return _from_llava(folder, config.model)
+
+
+def _feature_layer(folder: Path, values: Mapping[str, Any]) -> int:
+    """The layer of the tower that the adapter reads. Raises CheckpointError when it also reads the class token."""
+    kept = values.get("mm_vision_select_feature", values.get("vision_feature_select_strategy", "default"))
+    if kept not in ("patch", "default"):
+        raise CheckpointError(
+            f"loading the LLaVA checkpoint {folder}: it keeps the class token ({kept!r}); needed is one that drops it "
+            "(mm_vision_select_feature patch, vision_feature_select_strategy default)"
+        )
+    return int(values.get("mm_vision_select_layer", values.get("vision_feature_layer", -2)))
 
 
 def open_llava(folder: Path) -> tuple[Assembled, ModelConfig]:
@@ -144,12 +168,7 @@ def llava_shape(folder: Path) -> ModelConfig:
         vision, text, kind, tower = _llava_parts(folder, values, "")
     except StrictDataclassError as fault:
         raise _impossible(folder, fault) from None
-    layer = int(values.get("mm_vision_select_layer", values.get("vision_feature_layer", -2)))
-    if values.get("mm_vision_select_feature", "patch") != "patch":
-        raise CheckpointError(
-            f"loading the LLaVA checkpoint {folder}: it keeps the class token (mm_vision_select_feature "
-            f"{values['mm_vision_select_feature']!r}); needed is one that drops it (patch)"
-        )
+    layer = _feature_layer(folder, values)
     try:
         return ModelConfig(
             adapter=kind,
@@ -205,6 +224,11 @@ def _llava_parts(
     """Vision tower, language model, adapter and, in LLaVA's own layout, the folder of the tower: `source`, or what the
     config.json names, relative to the checkpoint's folder or not."""
     if "mm_vision_tower" not in values:
+        if values.get("projector_hidden_act", "gelu") != "gelu":
+            raise CheckpointError(
+                f"loading the LLaVA checkpoint {folder}: between the layers of its projector is "
+                f"{values['projector_hidden_act']!r}; needed is 'gelu'"
+            )
         return CLIPVisionConfig(**values["vision_config"]), LlamaConfig(**values["text_config"]), "mlp", None
     named = source or str(values["mm_vision_tower"])
     tower = folder / named if (folder / named).is_dir() else find_folder(named, "model.vision.source")

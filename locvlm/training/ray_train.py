@@ -26,11 +26,14 @@ from ray.train import (
 from ray.train.torch import TorchTrainer, get_device
 
 from locvlm.errors import LocVLMError, UserError
-from locvlm.training.checkpoints import save_error
+from locvlm.records import read_json, write_json
+from locvlm.training.checkpoints import SaveError, save_error
 from locvlm.training.loop import Point
 from locvlm.training.stage import Job, run
 
 log = logging.getLogger(__name__)
+
+_REFUSAL = "refusal.json"  # in the run's folder: what a worker found that the user has to mend
 
 
 @contextlib.contextmanager
@@ -57,7 +60,12 @@ def train_on_ray(job: Job, n_workers: int) -> None:
     _prepare_environment(elastic=cluster.min_workers > 0)
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS", "local"), logging_level="warning")
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= (cluster.min_workers or n_workers)
+    use_gpu = ray.cluster_resources().get("GPU", 0) > 0  # where there are too few, Ray waits for more and says so
+    if not use_gpu:
+        log.info("training %s: the cluster has no GPU; training on its CPUs", job.stage)
+    refusal = job.folder / _REFUSAL
+    refusal.unlink(missing_ok=True)
+    _forget_removed(job.folder / "ray")
     trainer = TorchTrainer(
         _worker,
         train_loop_config=job.to_dict(),
@@ -81,6 +89,8 @@ def train_on_ray(job: Job, n_workers: int) -> None:
             if not (left and _lost_while_starting(error)):
                 raise _cause(error) from error
             log.warning("training %s: a worker was lost while it started; starting the workers again", job.stage)
+        finally:
+            refusal.unlink(missing_ok=True)
 
 
 class RayCheckpoints:
@@ -120,8 +130,45 @@ class RayCheckpoints:
 def _worker(values: dict[str, Any]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     job = Job.from_dict(values)
+    refusal = job.folder / _REFUSAL
+    if refusal.is_file():  # Ray starts the workers again after any error; this one would only come again
+        raise UserError(read_json(refusal)["message"])
     torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
-    run(job, RayCheckpoints(), get_device())
+    try:
+        run(job, RayCheckpoints(), get_device())
+    except SaveError:  # another machine may have room
+        raise
+    except UserError as error:
+        write_json(refusal, {"message": str(error)})
+        raise
+
+
+def _forget_removed(folder: Path) -> None:
+    """Take checkpoints that are gone off Ray's list of them, with which Ray refuses to start: so that one that is
+    damaged can be removed to go on from the one before."""
+    path = folder / "checkpoint_manager_snapshot.json"
+    if not path.is_file():
+        return
+    state = read_json(path)
+    listed = list(zip(state["checkpoint_results"], state["checkpoint_report_indices"], strict=True))
+    kept = [entry for entry in listed if (folder / entry[0]["checkpoint_dir_name"]).is_dir()]
+    if len(kept) == len(listed):
+        return
+    if not kept:
+        log.warning("no checkpoint of the unfinished run lies in %s any more; beginning again", folder)
+        shutil.rmtree(folder)
+        return
+    last, _ = max(kept, key=lambda entry: entry[1])
+    log.warning(
+        "%d checkpoint(s) are gone from %s; going on from %s",
+        len(listed) - len(kept),
+        folder,
+        last["checkpoint_dir_name"],
+    )
+    state["checkpoint_results"] = [result for result, _ in kept]
+    state["checkpoint_report_indices"] = [index for _, index in kept]
+    state["latest_checkpoint_result"] = last
+    write_json(path, state)
 
 
 def _lost_while_starting(error: Exception) -> bool:

@@ -132,8 +132,13 @@ class Job:
 def check(job: Job, n_workers: int) -> None:
     """Find the user's mistakes before anything is started: missing data, a source that was built for other places, a
     parent that was trained otherwise, a batch that does not divide. Raises UserError."""
-    settings = job.settings
-    share(settings, 0, max(1, n_workers), elastic=job.config.cluster.min_workers > 0)
+    settings, least = job.settings, job.config.cluster.min_workers
+    if n_workers and least > n_workers:
+        raise ConfigError(
+            f"training {job.stage}: cluster.min_workers is {least} and there are to be {n_workers} workers at most; "
+            f"give --workers {least} or more, or a smaller cluster.min_workers"
+        )
+    share(settings, 0, max(1, n_workers), elastic=least > 0)
     if job.parent is not None:
         refuse_other_parent(job.parent, job.config)
     if job.config.model.lora is not None and "language" in settings.trainable:
@@ -295,6 +300,7 @@ def _finish(job: Job, weights: Mapping[str, torch.Tensor], last: Point, world: i
         "attempts": len((job.folder / ATTEMPTS_NAME).read_text().splitlines()),
         "steps": last.step,
         "kept": kept,
+        "lora": bool(updates),
         "loss": last.loss,
         "tokens": last.tokens,
         "targets": last.targets,

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,22 @@ def test_a_worker_that_dies_before_it_is_at_work_is_made_again(
     assert "lost while it started" in caplog.text
     assert (tmp_path / "died").exists()
     assert _rows(job.output / "attempts.jsonl") == [{"step": 0, "workers": 1}]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_without_its_last_checkpoint_a_run_goes_on_from_the_one_before(world: World, tmp_path: Path, head: str) -> None:
+    changes = ["cluster.cpus_per_worker=1", "stages.align.steps=4", "cluster.checkpoint_every=2"]
+    config = resolve(world.config.model_dump(mode="json"), changes)
+    job = Job("align", config, {"generic": world.data["generic"]}, world.images, tmp_path / "model")
+    train_on_ray(job, 1)
+    trained = load_file(job.output / "model.safetensors")
+    shutil.rmtree(job.output)
+    shutil.rmtree(job.folder / "ray" / "step-000000004")
+    train_on_ray(job, 1)
+    assert [row["step"] for row in _rows(job.output / "attempts.jsonl")] == [0, 2]
+    again = load_file(job.output / "model.safetensors")
+    assert all(torch.equal(again[name], trained[name]) for name in trained)
 
 
 class _Fatal(Job):

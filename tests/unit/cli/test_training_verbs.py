@@ -262,6 +262,10 @@ def test_a_loss_that_is_not_a_number_is_the_users_to_mend(
         (["--set", "cluster.keep_best=loc_iou"], "keep_best is loc_iou, and the held-out data gives no figure"),
         (["--set", "cluster.keep_best=bleu"], "cluster.keep_best"),
         (
+            ["--set", "cluster.num_workers=4", "--set", "cluster.min_workers=4", "--workers", "2"],
+            "cluster.min_workers is 4 and there are to be 2 workers at most",
+        ),
+        (
             ["--set", "cluster.engine=zero2", "--set", "model.lora.base=4bit"],
             "which cluster.engine zero2 cannot spread",
         ),

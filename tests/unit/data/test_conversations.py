@@ -119,6 +119,18 @@ def test_the_manifest_comes_with_the_file(tmp_path: Path) -> None:
         assert (manifest["dataset"], manifest["seed"]) == ("localize-instruct", 5)
 
 
+def test_the_manifest_comes_with_a_rendered_list_of_ours_and_with_no_other(tmp_path: Path) -> None:
+    write_manifest(tmp_path, Manifest("localize-instruct", {"images": 1}, seed=5))
+    talk = [{"from": "human", "value": "<image>\nWhere?"}, {"from": "gpt", "value": "There."}]
+    for name in ("conversations.json", "theirs.json"):
+        (tmp_path / name).write_text(json.dumps([{"id": "a", "image": "a.jpg", "conversations": talk}]))
+    for path in (tmp_path, tmp_path / "conversations.json"):
+        manifest = open_conversations(path).manifest
+        assert manifest is not None
+        assert manifest["seed"] == 5
+    assert open_conversations(tmp_path / "theirs.json").manifest is None
+
+
 def test_an_open_file_travels_to_a_worker_process_by_its_path(tmp_path: Path) -> None:
     write_conversations(tmp_path, (example(k) for k in range(1000)))
     packed = pickle.dumps(open_conversations(tmp_path))

@@ -1,6 +1,7 @@
 """New models out of other people's folders: CLIP + Llama, and LLaVA in both layouts, with random weights."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -277,6 +278,28 @@ def test_a_damaged_folder_gives_one_message(
     damage(folder)
     with pytest.raises(CheckpointError) as error:
         start(config(folders / "clip", folder), None)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llava-v1.5", {"mm_use_im_start_end": True}, "trained with marks around the image"),
+        ("llava-v1.5", {"mm_vision_select_layer": -1}, "set model.vision.feature_layer=-1"),
+        ("llava-v1.5", {"mm_vision_select_feature": "cls_patch"}, "it keeps the class token ('cls_patch')"),
+        ("llava-hf", {"vision_feature_layer": -1}, "set model.vision.feature_layer=-1"),
+        ("llava-hf", {"vision_feature_select_strategy": "full"}, "it keeps the class token ('full')"),
+        ("llava-hf", {"projector_hidden_act": "relu"}, "between the layers of its projector is 'relu'"),
+    ],
+)
+def test_a_llava_that_reads_images_otherwise_is_no_parent(
+    folders: Path, tmp_path: Path, name: str, changes: dict[str, object], message: str
+) -> None:
+    parent = shutil.copytree(folders / name, tmp_path / name)
+    path = parent / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError) as error:
+        start(config(folders / "clip" if name == "llava-v1.5" else "", "", "mlp"), parent)
     assert message in str(error.value)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from locvlm.config import resolve
+from locvlm.errors import CheckpointError
 from locvlm.model import load
 from locvlm.model.checkpoint import start
 from locvlm.model.lora import is_lora
@@ -66,6 +68,9 @@ def test_the_output_holds_the_base_as_it_was_and_the_updates_beside_it(world: Wo
     moved = {name for name in begun if not torch.equal(loaded[name], begun[name])}
     linear = {name for name in begun if "language_model.layers" in name and "proj" in name}
     assert moved == adapter | linear  # merged; and nothing else moved
+    shutil.rmtree(tmp_path / "out" / "lora")
+    with pytest.raises(CheckpointError, match="trained with LoRA and its folder lora/ is missing"):
+        load(tmp_path / "out")
 
 
 def test_a_training_checkpoint_holds_only_what_is_trained(world: World, tmp_path: Path) -> None:
