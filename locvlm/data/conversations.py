@@ -144,6 +144,10 @@ class ConversationFile(Sequence[Conversation]):
         """The objective of every row; equal names are one string object."""
         return _shared_strings(self._table.column("objective"))
 
+    def about_videos(self) -> npt.NDArray[np.bool_]:
+        """Which conversations are about a video."""
+        return np.asarray(pc.equal(self._table.column("medium"), "video"), np.bool_)
+
     def text_lengths(self) -> npt.NDArray[np.int64]:
         """About how many characters each conversation has when it is rendered, without rendering it."""
         turns = self._table.column("turns").combine_chunks()

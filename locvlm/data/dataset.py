@@ -152,7 +152,9 @@ class TrainingData:
 
     @functools.cached_property
     def _lengths(self) -> list[Ints]:
-        return [file.text_lengths() for file in self.files]
+        # a video has a token a frame more than an image, about four characters each
+        frames = 4 * self.video.n_frames if self.video is not None else 0
+        return [file.text_lengths() + frames * file.about_videos() for file in self.files]
 
     def _likely_long(self) -> Ints:
         """The samples of the first epoch to look at for the longest: all, or (packed) those of the richest images."""

@@ -151,7 +151,7 @@ def test_a_batch_may_mix_images_and_videos(clips: Path, tmp_path: Path) -> None:
     settings = config()
     loaded = start(settings, TINY_FOUNDATION)
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
-    still = Conversation("still", "red.png", 40, 40, "text", (Turn("text", question="Colour?", answer="red"),))
+    still = Conversation("still", "red.png", 40, 40, "text", (Turn("text", question="Colour?", answer="red " * 24),))
     write_conversations(tmp_path / "still", [still])
     assert settings.stages.video is not None
     geometry = make_geometry(settings.geometry)
@@ -172,6 +172,9 @@ def test_a_batch_may_mix_images_and_videos(clips: Path, tmp_path: Path) -> None:
         whole = float(loaded.model.sum_loss(**together.inputs(torch.device("cpu"))))
         alone = [float(loaded.model.sum_loss(**collate([s], 3).inputs(torch.device("cpu")))) for s in samples]
     assert whole == pytest.approx(sum(alone), rel=1e-5)
+    texts = [file.text_lengths().max() for file in data.files]
+    assert texts[1] > texts[0]
+    assert "still" not in data.describe(data.longest(1)[0])  # less text, but its frames count
 
 
 def test_an_image_preset_refuses_videos_with_one_message(clips: Path) -> None:
