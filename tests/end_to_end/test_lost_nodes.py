@@ -182,7 +182,8 @@ def test_a_lost_node_and_a_notice_cost_nothing_but_time(
     run.wait_for_step(EVERY + 1, stale)
     at = run.curve[-1]["step"]
     leaving = nodes.with_workers()[-1]
-    nodes.drain(leaving, seconds=1)
+    pace = stale["seconds"] / stale["step"]
+    nodes.drain(leaving, seconds=max(1, round(10 * pace)))  # time for some steps, not for all up to the checkpoint
     run.finish()
     nodes.kill(leaving)
     first, second, third = run.attempts
