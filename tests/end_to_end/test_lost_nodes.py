@@ -233,7 +233,7 @@ def _words(process: psutil.Process) -> list[str]:
 
 
 def wait_for(
-    condition: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path, seconds: float = 120
+    condition: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path, seconds: float = 300
 ) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
