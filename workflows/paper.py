@@ -1,8 +1,8 @@
 """`python -m workflows.paper`: the paper in miniature, on drawn scenes and the tiny preset; what `make paper` does.
 
-All questions that are asked in the end are about scenes of a test split that nothing was chosen on. Finished steps are
+All questions that are asked in the end are about scenes of a test split that nothing is trained on. Finished steps are
 kept: started again, it goes on. Where that was on another machine, the answers packed beside the page do
-(`--continue`).
+(`--continue`). The page has every arm that is answered, also those that this start did not ask for (`--arms`).
 """
 
 import argparse
@@ -69,10 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _unpack(plan, answers)
         _keep_settings(plan)
         _keep_answers(plan, answers)
-        if args.only_report:
-            _score_answers(plan)
-        else:
+        if not args.only_report:
             _run(plan)
+        _score_answers(plan)
         with atomic_write(args.output) as file:
             file.write(page(plan))
         _pack(plan, answers)
@@ -177,7 +176,7 @@ def _is_outdated(plan: Plan, member: str, told: Mapping[str, Any]) -> bool:
 
 
 def _score_answers(plan: Plan) -> None:
-    for trained in plan.arms:
+    for trained in MINIATURE:
         for seed in plan.seeds:
             if _has_answered(plan, trained, seed):
                 _score(plan, trained, seed)
@@ -317,8 +316,7 @@ def _express(plan: Plan, trained: Trained, seed: int) -> Path:
     for row in read_jsonl(plan.answers(trained.name, seed, "region-description")):
         row["reference"]["references"] = [told[row["image"], row["reference"]["category"]]]
         rows.append(row)
-    against = plan.root / EXPRESSIONS / str(seed) / f"{trained.name}.jsonl"
-    against.parent.mkdir(parents=True, exist_ok=True)
+    against = plan.answers(trained.name, seed, EXPRESSIONS)
     write_jsonl(against, rows)
     return against
 
@@ -440,8 +438,8 @@ def _tell(plan: Plan, n_done: int, n_before: int, began: float, news: str) -> No
 
 
 def _pack(plan: Plan, output: Path) -> None:
-    """The answers of all arms and the name of the run as one file, the same bytes for the same answers. Figures are
-    left out: `locvlm score` gives them again, and they name folders of this machine."""
+    """The answers of all arms, how each writes places and the name of the run as one file, the same bytes for the same
+    answers. Figures are left out: `locvlm score` gives them again, and they name folders of this machine."""
 
     def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uid = member.gid = member.mtime = 0
@@ -451,7 +449,9 @@ def _pack(plan: Plan, output: Path) -> None:
     paths = [*plan.root.glob(CAPTIONER)]
     for folder in sorted((plan.root / "predictions").glob("*")):
         whole = [arm for arm in MINIATURE if _has_answered(plan, arm, int(folder.name))]
-        paths += sorted(plan.answers(arm.name, int(folder.name), task) for arm in whole for task in arm.tasks)
+        found = (plan.answers(arm.name, int(folder.name), task) for arm in whole for task in (*arm.tasks, EXPRESSIONS))
+        paths += sorted(path for path in found if path.is_file())
+    paths += sorted({_places(plan, arm) for arm in MINIATURE if any(path.parent.name == arm.name for path in paths)})
     with atomic_write(output, "wb") as file, tarfile.open(fileobj=file, mode="w:xz") as archive:
         told = {"run": plan.root.name, "arms": {arm.name: _identity(plan, arm) for arm in MINIATURE}}
         name = json.dumps(told).encode()

@@ -1,11 +1,13 @@
 """The page of the paper in miniature: what was run, the gates, each claim with its verdict, and all arms."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from locvlm.evaluation.metrics import paired_difference
 from locvlm.evaluation.score import read_metrics
 from locvlm.evaluation.verdicts import Contrast, Verdict, contrast, overall
-from locvlm.records import read_json
+from locvlm.records import read_json, read_jsonl
 from locvlm.training.foundation import RECIPE
 from workflows.mixtures import STATED_SHARE
 from workflows.paper_arms import (
@@ -15,11 +17,14 @@ from workflows.paper_arms import (
     DIRECT,
     EXPRESSIONS,
     MINIATURE,
+    NAMED,
     PRESENCE,
     SIDE,
+    VERTICAL,
     WHERE,
     Claim,
     Plan,
+    Trained,
     foundation_of,
 )
 
@@ -32,11 +37,11 @@ def page(plan: Plan) -> str:
     rows = ["## Claims", "", "| | claim | paper's table | verdict | of each figure |", "|---|---|---|---|---|"]
     details = []
     for claim in CLAIMS:
-        found = [(words, _contrast(plan, *names)) for *names, words in claim.contrasts]
-        verdicts = [_verdict(one) for _, one in found]
-        each = "; ".join(f"{words}: {verdict}" for (words, _), verdict in zip(found, verdicts, strict=True))
+        found = [_contrast(plan, *names) for *names, _ in claim.contrasts]
+        verdicts: list[Verdict] = ["not run" if one is None else one.verdict for one in found]
+        each = "; ".join(f"{words}: {verdict}" for (*_, words), verdict in zip(claim.contrasts, verdicts, strict=True))
         rows.append(f"| {claim.letter} | {claim.text} | {claim.tables} | **{overall(verdicts)}** | {each} |")
-        details += _details(claim, found)
+        details += _details(plan, claim, found)
         if any(task == EXPRESSIONS for _, _, task, _, _ in claim.contrasts):
             details.append(_told(plan))
     sections += ["\n".join(rows), "\n".join(details), _arms(plan)]
@@ -51,11 +56,15 @@ def _head(plan: Plan) -> str:
 Written by `make paper`; do not edit. Drawn scenes ({plan.scenes[0]} to train on, {plan.scenes[1]} to ask about, drawn
 for this page alone), the tiny preset, {len(plan.seeds)} seeds ({", ".join(map(str, plan.seeds))}). Stage 1 and stage 2
 from the same foundation, the one that the package ships (`make foundation` makes it again), whose lessons had scenes
-and words of their own.
+of their own, and asked in words of their own and in those of the evaluation (see the gates).
 
 - Image arms start from `align`, the model of their seed after stage 1, and take {stage.steps} steps of
   {stage.global_batch} images with {stage.conversations_per_image} questions each. Arms take equally many questions,
-  not tokens: a place costs more tokens than a yes.
+  not tokens: a place costs more tokens than a yes. There are fewer different ones without location objectives: of an
+  image's 8 questions 5 are different in `none`, 7 in `full`.
+- The test scenes were asked once before, by an earlier recipe of these arms with two seeds (claim a +5.2, not shown);
+  the recipe was changed afterwards. Nothing is trained on them, but they are not unseen by whoever chose the recipe.
+- Where a run goes on on another machine, stage 1 is taught again there, from the same seed but not to the bit.
 - No arm but `direct` is asked about sides in an image; {100 * STATED_SHARE:.0f} % of the questions of the others are
   about sides in scenes stated in words, of other names, so that the language model does not forget them. Columns and
   rows stand there as whole numbers, as integer-valued binning writes them: in claim d that is in its favour.
@@ -68,10 +77,13 @@ and words of their own.
   `video-none` has captions in the place of the location objectives.
 
 A claim is *shown* when the 95 % interval of the difference over the seeds (Student's, a seed is one observation) lies
-above 0 in every figure named, and the better arm is above the floor, the best answer that never looks at the image;
-*shown in part* when it does in some; *contrary* when it lies below 0 in one of them; else *not shown*. Percent; the
-answers lie in `runs/*/predictions/<seed>/<arm>/`, and packed beside this page; `locvlm score` computes every figure of
-an arm from them again."""
+above 0 in every figure named, and so does the one that the questions leave (all seeds are asked the same ones:
+bootstrap over the images, both arms together, the mean of the seeds' ends), and the better arm is above the floor, the
+best answer that never looks at the image (RevLoc: nor at which place is asked about);
+*shown in part* when that is so in some; *contrary* when both lie below 0 in one of them; else *not shown*. Percent; the
+answers lie in `runs/*/predictions/<seed>/<arm>/`, and packed beside this page with the settings of each arm:
+`locvlm score --task TASK --predictions FILE --config configs/ARM.yaml` computes every figure again (METEOR, which needs
+Java, from `expressions.jsonl` with `--task region-description`)."""
 
 
 def _gates(plan: Plan) -> str:
@@ -118,19 +130,44 @@ def _gates_of_the_foundation(folder: Path) -> list[str]:
     return rows
 
 
-def _details(claim: Claim, found: Sequence[tuple[str, Contrast | None]]) -> list[str]:
-    lines = [f"### {claim.letter}: {claim.text}", ""]
-    lines += ["| figure | arm | other arm | difference (95 %) | floor | verdict |", "|---|---|---|---|---|---|"]
-    for (better, other, _, _, words), (_, one) in zip(claim.contrasts, found, strict=True):
+def _details(plan: Plan, claim: Claim, found: Sequence[Contrast | None]) -> list[str]:
+    names = [
+        "figure",
+        "questions",
+        "arm",
+        "other arm",
+        "difference (95 % over seeds)",
+        "by the questions",
+        "floor",
+        "verdict",
+    ]
+    lines = [f"### {claim.letter}: {claim.text}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    beside = [_contrast(plan, *names) for *names, _ in claim.beside]
+    told = [None if one is None else f"({one.verdict}; beside the claim)" for one in beside]
+    verdicts = [*(one and one.verdict for one in found), *told]
+    for (better, other, task, figure, words), one, verdict in zip(
+        claim.contrasts + claim.beside, [*found, *beside], verdicts, strict=True
+    ):
         if one is None:
-            lines.append(f"| {words} | {better} | {other} | | | not run |")
+            lines.append(f"| {words} | | {better} | {other} | | | | not run |")
             continue
-        between = "" if one.low is None or one.high is None else f" ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
+        between = "" if one.low is None or one.high is None else f" ({_range(one.low, one.high)})"
         floor = "" if one.floor is None else f"{100 * one.floor:.1f}"
         sides = (f"{name} {100 * spread.mean:.1f}" for name, spread in ((better, one.better), (other, one.other)))
-        difference = f"{100 * one.difference:+.1f}{between}"
-        lines.append(f"| {words} | {' | '.join(sides)} | {difference} | {floor} | {one.verdict} |")
-    return [*lines, ""]
+        difference = f"{100 * one.difference:+.1f}{between} | {_range(*one.asked) if one.asked else ''}"
+        asked = _asked(plan, better, task, figure)
+        lines.append(f"| {words} | {asked} | {' | '.join(sides)} | {difference} | {floor} | {verdict} |")
+    return [*lines, "", *([textwrap.fill(claim.notes, 116), ""] if claim.notes else [])]
+
+
+def _range(low: float, high: float) -> str:
+    return f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
+def _asked(plan: Plan, name: str, task: str, figure: str) -> str:
+    """How many questions a figure is over, and of how many images the task's are."""
+    metrics = read_metrics(plan.metrics(name, plan.seeds[0], task))
+    return f"{metrics['figures'][figure]['n']} in {metrics['n_images']} images"
 
 
 def _told(plan: Plan) -> str:
@@ -140,12 +177,11 @@ def _told(plan: Plan) -> str:
         return ""
     found = read_json(path)
     share = 100 * found["word for word"] / found["objects"]
-    return f"""The captioner is the aligned model of seed {found["seed"]} after stage 2 on what objects are told by in
-{plan.scenes[0]} other scenes (`locvlm data described`: "The tent is located to the left of book."), taken from their
-annotations. It describes {share:.1f} % of the {found["objects"]} objects of the training scenes as the annotations do,
-word by word.
-What the answers are scored against are such descriptions of the test scenes: the arm with captions is taught their
-form, the other one is not.
+    return f"""The captioner, one for all seeds, is the aligned model of seed {found["seed"]} after stage 2 on what
+objects are told by in {plan.scenes[0]} other scenes (`locvlm data described`: "The tent is located to the left of
+book."), taken from their annotations. It describes {share:.1f} % of the {found["objects"]} objects of the training
+scenes as the annotations do, word by word. What the answers are scored against are such descriptions of the test
+scenes: the arm with captions is taught their form, the other one is not.
 """
 
 
@@ -163,13 +199,16 @@ def _arms(plan: Plan) -> str:
 a model tells the sides apart and calls each by the other's name. *Asked presence*: the share of presence questions in
 training. RevLoc is the share of answers that name the object, which the descriptions of `captions` could do by naming
 another's neighbour: left out."""
+    chance = _named_by_chance(plan)
+    if chance is not None:
+        told += f" Naming an object of the image wherever it is asked about is right in {100 * chance:.1f} %."
     lines = [
         "## All arms, a figure a seed",
         "",
         told,
         "",
-        f"| arm | {' | '.join(names)} |",
-        "|---" * (len(names) + 1) + "|",
+        f"| arm | what it is | {' | '.join(names)} |",
+        "|---" * (len(names) + 2) + "|",
     ]
     for trained in MINIATURE:
         cells = [_each(_values(plan, trained.name, *figure) or []) for figure in figures]
@@ -177,8 +216,12 @@ another's neighbour: left out."""
             cells[-1] = ""
         if any(cells):
             cells.insert(2, "" if trained is ALIGNED else f"{100 * trained.presence_share:.0f}")
-            lines.append(f"| {trained.name} | {' | '.join(cells)} |")
+            lines.append(f"| {trained.name} | {_title(trained)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _title(trained: Trained) -> str:
+    return trained.arm.title + (", asked above or below" if trained.axis == VERTICAL else "")
 
 
 def _contrast(plan: Plan, better: str, other: str, task: str, figure: str) -> Contrast | None:
@@ -186,8 +229,26 @@ def _contrast(plan: Plan, better: str, other: str, task: str, figure: str) -> Co
     values = [_values(plan, name, task, figure) for name in (better, other)]
     if values[0] is None or values[1] is None:
         return None
-    floor = read_metrics(plan.metrics(better, plan.seeds[0], task))["figures"][figure]["floor"]
-    return contrast(values[0], values[1], floor)
+    found = [[read_metrics(plan.metrics(name, seed, task)) for name in (better, other)] for seed in plan.seeds]
+    floor = found[0][0]["figures"][figure]["floor"]
+    if (task, figure) == NAMED:
+        floor = max(floor, _named_by_chance(plan) or 0)
+    return contrast(values[0], values[1], floor, [paired_difference(one, two, figure) for one, two in found])
+
+
+def _named_by_chance(plan: Plan) -> float | None:
+    """How often RevLoc is right that names an object of the image, whatever place is asked about: one over the kinds of
+    things in the image, mean over the questions of the test scenes. None where no arm was asked."""
+    path, answers = plan.root / "data" / "scenes" / "instances_test.json", plan.answers("full", plan.seeds[0], NAMED[0])
+    if not (path.is_file() and answers.is_file()):
+        return None
+    annotations = read_json(path)
+    kinds: dict[int, set[int]] = {}
+    for one in annotations["annotations"]:
+        kinds.setdefault(one["image_id"], set()).add(one["category_id"])
+    named = {one["file_name"]: len(kinds[one["id"]]) for one in annotations["images"] if one["id"] in kinds}
+    shares = [1 / named[row["image"]] for row in read_jsonl(answers)]
+    return sum(shares) / len(shares)
 
 
 def _values(plan: Plan, name: str, task: str, figure: str) -> list[float] | None:
@@ -199,10 +260,6 @@ def _values(plan: Plan, name: str, task: str, figure: str) -> list[float] | None
     if not all(figure in figures for figures in found):  # points have no overlap
         return None
     return [float(figures[figure]["value"]) for figures in found]
-
-
-def _verdict(found: Contrast | None) -> Verdict:
-    return "not run" if found is None else found.verdict
 
 
 def _each(values: Sequence[float]) -> str:

@@ -1,7 +1,8 @@
 """Whether a claim of the paper holds here: the same figure of two arms, seed by seed, on the same questions.
 
 A training seed is the unit that is repeated: questions of one model are not independent evidence about another one. So
-the interval is Student's, over the differences of the seeds.
+the interval is Student's, over the differences of the seeds. All seeds are asked the same questions, so what those few
+questions leave open is the same for all: a difference has to exceed that too.
 """
 
 import math
@@ -13,7 +14,7 @@ from scipy.stats import t as student
 
 from locvlm.errors import DataError
 from locvlm.evaluation.comparison import Spread, spread_of
-from locvlm.evaluation.metrics import CONFIDENCE
+from locvlm.evaluation.metrics import CONFIDENCE, Difference
 
 Verdict = Literal["shown", "shown in part", "not shown", "contrary", "not run"]
 
@@ -22,7 +23,7 @@ Verdict = Literal["shown", "shown in part", "not shown", "contrary", "not run"]
 class Contrast:
     """A figure of the arm that is claimed to be better minus that of the other. `difference`, `low`, `high`: mean over
     the seeds and its 95 % interval (None with fewer than two seeds); `floor`: what needs no image, None where no such
-    answer is known."""
+    answer is known; `asked`: the 95 % interval that the questions leave, None where it was not computed."""
 
     better: Spread
     other: Spread
@@ -30,32 +31,45 @@ class Contrast:
     low: float | None
     high: float | None
     floor: float | None
+    asked: tuple[float, float] | None = None
 
     @property
     def verdict(self) -> Verdict:
-        """Shown: the interval lies above 0 and the better arm above the floor. Contrary: it lies below 0, and the
+        """Shown: the intervals lie above 0 and the better arm above the floor. Contrary: they lie below 0, and the
         other arm above the floor (two arms that both guess say nothing). Else, and with one seed, not shown."""
         if self.low is None or self.high is None:
             return "not shown"
-        if self.low > 0 and self.better.mean > (self.floor or 0):
+        low, high = self.asked or (self.low, self.high)
+        if min(low, self.low) > 0 and self.better.mean > (self.floor or 0):
             return "shown"
-        if self.high < 0 and self.other.mean > (self.floor or 0):
+        if max(high, self.high) < 0 and self.other.mean > (self.floor or 0):
             return "contrary"
         return "not shown"
 
 
-def contrast(better: Sequence[float], other: Sequence[float], floor: float | None = None) -> Contrast:
-    """Two arms by their figures, one a seed in the same order. Raises DataError for unequal numbers of seeds."""
-    if len(better) != len(other):
+def contrast(
+    better: Sequence[float],
+    other: Sequence[float],
+    floor: float | None = None,
+    asked: Sequence[Difference] = (),
+) -> Contrast:
+    """Two arms by their figures, one a seed in the same order. `asked`: of each seed the difference on its questions
+    (`metrics.paired_difference`); the mean of their ends is the interval that the questions leave, for more seeds do
+    not make it narrower. Raises DataError for unequal numbers of seeds."""
+    if len({len(better), len(other), len(asked) or len(better)}) > 1:
         raise DataError(
-            f"comparing two arms over seeds: one has {len(better)} and the other {len(other)}; run both with all seeds"
+            f"comparing two arms over seeds: one has {len(better)} and the other {len(other)}"
+            f"{f', with {len(asked)} differences' if asked else ''}; run both with all seeds"
         )
     spread = spread_of([one - two for one, two in zip(better, other, strict=True)])
     low = high = None
     if spread.deviation is not None:
         reach = float(student.ppf((1 + CONFIDENCE) / 2, spread.n - 1)) * spread.deviation / math.sqrt(spread.n)
         low, high = spread.mean - reach, spread.mean + reach
-    return Contrast(spread_of(better), spread_of(other), spread.mean, low, high, floor)
+    left = None
+    if asked:
+        left = math.fsum(one.low for one in asked) / len(asked), math.fsum(one.high for one in asked) / len(asked)
+    return Contrast(spread_of(better), spread_of(other), spread.mean, low, high, floor, left)
 
 
 def overall(verdicts: Sequence[Verdict]) -> Verdict:

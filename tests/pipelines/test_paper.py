@@ -49,7 +49,9 @@ def test_the_page_has_each_claim_with_a_verdict(run: Path) -> None:
     scored = [root / "predictions" / "0" / arm / "expressions.metrics.json" for arm in ("captions", "full")]
     better, other = ([_figures(path)["meteor"]["value"]] for path in scored)
     (row,) = [row for row in page.split("### c:")[1].splitlines() if row.startswith("| METEOR ")]
-    assert f"| {100 * contrast(better, other).difference:+.1f} |  | not shown |" in row
+    assert f"| {100 * contrast(better, other).difference:+.1f} | " in row
+    assert row.endswith(" |  | not shown |")
+    assert "(not shown; beside the claim) |" in page.split("### c:")[1].split("### d:")[0]
     objects = json.loads((root / "captioner.json").read_text())["objects"]
     assert f"It describes 0.0 % of the {objects} objects of the training scenes" in page
     assert "| presence, asked directly in training | not run |" in page
@@ -70,12 +72,36 @@ def test_score_computes_the_figures_from_the_packed_answers_again(run: Path) -> 
     with tarfile.open(run / "miniature.answers.tar.xz") as archive:
         archive.extractall(run / "unpacked", filter="data")
     kept = run / "unpacked" / "predictions" / "0" / "captions"
-    assert {path.name for path in kept.iterdir()} == {f"{task}.jsonl" for task in paper_arms.TASKS}
-    argv = ["score", "--task", "presence", "--predictions", str(kept / "presence.jsonl")]
-    argv += ["--output", str(run / "again.json")]
+    assert {path.name for path in kept.iterdir()} == {f"{task}.jsonl" for task in (*paper_arms.TASKS, "expressions")}
+    argv = ["score", "--config", str(run / "unpacked" / "configs" / "captions.yaml")]
+    again = {"presence": "presence", "localization": "localization", "expressions": "region-description"}
+    for name, task in again.items():
+        argv += ["--task", task, "--predictions", str(kept / f"{name}.jsonl"), "--output", str(run / f"{name}.json")]
     subprocess.run([sys.executable, "-m", "locvlm", *argv], check=True, capture_output=True)
-    scored = root / "predictions" / "0" / "captions" / "presence.metrics.json"
-    assert _figures(run / "again.json") == _figures(scored)
+    for name in again:
+        scored = root / "predictions" / "0" / "captions" / f"{name}.metrics.json"
+        assert _figures(run / f"{name}.json") == _figures(scored)
+
+
+@pytest.mark.timeout(600)
+def test_the_page_has_also_the_arms_that_this_start_did_not_ask_for(run: Path, tmp_path: Path) -> None:
+    arguments = [*ARGUMENTS[:3], "align", *ARGUMENTS[3 + len(ARMS) :], "--runs", str(run / "runs")]
+    assert paper.main([*arguments, "--output", str(tmp_path / "miniature.md")]) == 0
+    assert (tmp_path / "miniature.md").read_text() == (run / "miniature.md").read_text()
+
+
+def test_revloc_by_chance_is_one_over_the_kinds_of_things_in_the_image(run: Path) -> None:
+    """Two boats and a lemon are two kinds: 50 %."""
+    (root,) = (run / "runs").iterdir()
+    annotations = json.loads((root / "data" / "scenes" / "instances_test.json").read_text())
+    shares = []
+    for line in (root / "predictions" / "0" / "full" / "region-description.jsonl").read_text().splitlines():
+        (image,) = [one["id"] for one in annotations["images"] if one["file_name"] == json.loads(line)["image"]]
+        shares.append(1 / len({one["category_id"] for one in annotations["annotations"] if one["image_id"] == image}))
+    (words,) = [
+        line for line in (run / "miniature.md").read_text().splitlines() if "wherever it is asked about" in line
+    ]
+    assert words.endswith(f"is right in {100 * sum(shares) / len(shares):.1f} %.")
 
 
 @pytest.mark.timeout(600)

@@ -3,6 +3,7 @@
 import pytest
 
 from locvlm.errors import DataError
+from locvlm.evaluation.metrics import Difference
 from locvlm.evaluation.verdicts import contrast, overall
 
 
@@ -29,9 +30,26 @@ def test_verdicts(better: list[float], other: list[float], floor: float | None, 
     assert contrast(better, other, floor).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("lows", "verdict"),
+    [([0.1, 0.2, 0.3], "shown"), ([0.1, -0.2, 0.4], "shown"), ([0.1, -0.2, 0.0], "not shown")],
+)
+def test_a_difference_has_to_exceed_what_the_questions_leave_open(lows: list[float], verdict: str) -> None:
+    """The mean of the seeds' ends: more seeds on the same questions do not make it narrower."""
+    better, other = [0.80, 0.81, 0.82], [0.50, 0.51, 0.50]
+    asked = [Difference(0.3, low, 0.6) for low in lows]
+    found = contrast(better, other, 0.5, asked)
+    assert found.asked == (pytest.approx(sum(lows) / 3), pytest.approx(0.6))
+    assert found.verdict == verdict
+    turned = [Difference(-0.3, -0.6, -low) for low in lows]
+    assert contrast(other, better, 0.5, turned).verdict == verdict.replace("shown", "contrary", verdict == "shown")
+
+
 def test_both_arms_need_the_same_seeds() -> None:
     with pytest.raises(DataError, match="one has 2 and the other 1"):
         contrast([0.1, 0.2], [0.1])
+    with pytest.raises(DataError, match="with 1 differences"):
+        contrast([0.1, 0.2], [0.1, 0.2], None, [Difference(0.0, 0.0, 0.0)])
 
 
 def test_a_claim_of_several_figures() -> None:
