@@ -15,7 +15,7 @@ from locvlm.config import StageConfig
 from locvlm.data.collate import Batch
 from locvlm.errors import CheckpointError
 from locvlm.model.variants import LocVLM
-from locvlm.training.precision import autocast, say
+from locvlm.training.precision import autocast, computed_in, say
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -33,6 +33,7 @@ class Engine(Protocol):
     rank: int
     world: int
     whole: bool  # every rank holds all weights, so it can run the model by itself
+    precision: str  # what it computes in, which on some processors is not what the stage says
 
     def accumulate(self, batch: Batch, scale: float, *, last: bool) -> torch.Tensor:
         """Add the gradient of scale * (summed token loss of `batch`), summed over ranks; returns the loss of this rank,
@@ -90,6 +91,7 @@ class TorchEngine:
     def __init__(self, model: LocVLM, stage: StageConfig, device: torch.device) -> None:
         self.rank, self.world = rank_and_world()
         self.device, self.stage = device, stage
+        self.precision = computed_in(device, stage.precision)
         if self.rank == 0:
             say(device, stage.precision)
         self.model = model.to(device)
@@ -110,7 +112,7 @@ class TorchEngine:
         """Forward and backward in the stage's precision; DDP exchanges gradients on the last batch only."""
         waits = self.step.no_sync() if isinstance(self.step, DistributedDataParallel) and not last else nullcontext()
         with waits:
-            with self._precision():
+            with autocast(self.device, self.precision):
                 loss = self.step(**batch.inputs(self.device))
             (loss * (scale * self.world)).backward()  # DDP averages over ranks; the loss is a sum
         found: torch.Tensor = loss.detach()
@@ -118,7 +120,7 @@ class TorchEngine:
 
     def held_out(self, batch: Batch) -> float:
         """Forward in the stage's precision, past DDP: nothing is exchanged."""
-        with torch.no_grad(), self._precision():
+        with torch.no_grad(), autocast(self.device, self.precision):
             return float(self.model.sum_loss(**batch.inputs(self.device)))
 
     def total(self, values: Sequence[float]) -> list[float]:
@@ -179,9 +181,6 @@ class TorchEngine:
         if self.rank != 0:
             return {}
         return {name: p.detach().to("cpu", torch.float32) for name, p in self.trained.items()}
-
-    def _precision(self) -> torch.autocast:
-        return autocast(self.device, self.stage.precision)
 
 
 def rank_and_world() -> tuple[int, int]:

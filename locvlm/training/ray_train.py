@@ -139,7 +139,8 @@ def _worker(values: dict[str, Any]) -> None:
     except SaveError:  # another machine may have room
         raise
     except UserError as error:
-        write_json(refusal, {"message": str(error)})
+        with contextlib.suppress(OSError):  # without it, on a disk that is full, the workers are started again in vain
+            write_json(refusal, {"message": str(error)})
         raise
 
 

@@ -207,7 +207,7 @@ def run(
     )
     weights = engine.trained_weights()
     if engine.rank == 0:
-        _finish(job, weights, last, engine.world)
+        _finish(job, weights, last, engine)
 
 
 def _note_attempt(job: Job, step: int, world: int) -> None:
@@ -280,7 +280,7 @@ def clear(job: Job) -> None:
     shutil.rmtree(job.folder)
 
 
-def _finish(job: Job, weights: Mapping[str, torch.Tensor], last: Point, world: int) -> None:
+def _finish(job: Job, weights: Mapping[str, torch.Tensor], last: Point, engine: Engine) -> None:
     """Write the output: the model as the stage began with it, and the weights that were trained; or those of the best
     step, where the config keeps them. LoRA updates stay apart from the weights that they change."""
     kept: dict[str, Any] = {"figure": "last", "step": last.step}
@@ -296,7 +296,8 @@ def _finish(job: Job, weights: Mapping[str, torch.Tensor], last: Point, world: i
         "config": job.config.fingerprint(),
         "parent": str(job.parent) if job.parent else job.config.model.foundation,
         "data": {name: fingerprint_of(path) for name, path in job.data.items()},
-        "workers": world,
+        "workers": engine.world,
+        "precision": engine.precision,
         "attempts": len((job.folder / ATTEMPTS_NAME).read_text().splitlines()),
         "steps": last.step,
         "kept": kept,

@@ -56,6 +56,7 @@ class ZeroEngine:
         self.rank, self.world = rank_and_world()
         self.whole = cluster.engine != "zero3"
         self.device, self.stage = device, stage
+        self.precision: str = stage.precision
         self.model = model.to(device)
         self.trained = trainable(model)
         self.sizes = {name: p.numel() for name, p in self.trained.items()}

@@ -100,6 +100,7 @@ def test_one_process_goes_on_with_the_shards_of_two(
     for step in range(SAVED, STEPS):
         batches = [batch(loaded, 100 * step + 10 * rank + number) for rank in range(2) for number in range(2)]
         targets = sum(b.n_targets for b in batches)
+        assert len({b.n_targets for b in batches}) > 1  # or a mean of means would do
         found = [engine.accumulate(b, 1 / targets, last=number == 3) for number, b in enumerate(batches)]
         engine.update(1e-3)
         losses.append(float(sum(found)) / targets)
@@ -185,13 +186,14 @@ def steps(engine: Any, loaded: LoadedModel, rank: int, begin: int, end: int) -> 
 
 
 def batch(loaded: LoadedModel, seed: int) -> Batch:
-    """Two samples of random words about random pixels."""
+    """Two samples of random words about random pixels; no two batches of a step have equally many."""
     generator = torch.Generator().manual_seed(seed)
     encoder = loaded.encoder
     samples = []
     for _ in range(2):
-        ids = torch.randint(5, 800, (20,), generator=generator).tolist()
+        length = 14 + seed % 7 + seed // 10 % 2 * 8
+        ids = torch.randint(5, 800, (length,), generator=generator).tolist()
         pixels = (128 + 64 * torch.randn(48, 48, 3, generator=generator)).clamp(0, 255).to(torch.uint8).numpy()
         prefix = [encoder.bos_id, *[encoder.image_id] * encoder.n_image_tokens, 9]
-        samples.append(Sample(pixels, prefix, (Branch(ids, [place > 5 for place in range(20)]),)))
+        samples.append(Sample(pixels, prefix, (Branch(ids, [place > 5 for place in range(length)]),)))
     return collate(samples, encoder.pad_id)

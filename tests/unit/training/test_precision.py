@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from locvlm.training.precision import autocast, has_bf16, say
+from locvlm.training.precision import autocast, computed_in, has_bf16, say
 
 CPU = torch.device("cpu")
 
@@ -20,6 +20,8 @@ def test_bf16_only_where_the_processor_has_it(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert has_bf16(CPU) is expected
+    assert computed_in(CPU, "bf16") == ("bf16" if expected else "fp32")
+    assert computed_in(CPU, "fp32") == "fp32"
     with autocast(CPU, "bf16"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if expected else torch.float32)
     with autocast(CPU, "fp32"):

@@ -29,6 +29,14 @@ def test_what_the_user_has_to_mend_is_kept_for_the_next_start(tmp_path: Path, mo
     assert "no model" in json.loads((job.folder / "refusal.json").read_text())["message"]
 
 
+def test_a_disk_that_cannot_keep_it_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("locvlm.training.ray_train.get_device", lambda: torch.device("cpu"))
+    job = Job("align", preset("tiny"), {"generic": tmp_path / "no"}, tmp_path, tmp_path / "out", tmp_path / "no model")
+    (job.folder / "refusal.json").mkdir(parents=True)  # no file can take its place
+    with pytest.raises(UserError, match="no model"):
+        _worker(job.to_dict())
+
+
 def snapshot(folder: Path, *steps: int) -> Path:
     """Ray's list of checkpoints at these steps, as far as it is read here; a folder for each."""
     results = [{"version": 0, "checkpoint_dir_name": f"step-{step}", "metrics": {"step": step}} for step in steps]
