@@ -53,7 +53,7 @@ def test_the_page_has_each_claim_with_a_verdict(run: Path) -> None:
     assert row.endswith(" |  | not shown |")
     assert "(not shown; beside the claim) |" in page.split("### c:")[1].split("### d:")[0]
     objects = json.loads((root / "captioner.json").read_text())["objects"]
-    assert f"It describes 0.0 % of the {objects} objects of the training scenes" in page
+    assert f"It describes 0.0 % of the {objects} objects of the training scenes" in " ".join(page.split())
     assert "| presence, asked directly in training | not run |" in page
     found = [arm.name for arm in paper_arms.MINIATURE if f"\n| {arm.name} |" in page.split("## All arms")[1]]
     assert found == ["full", "align", "captions", "video-full"]
