@@ -40,6 +40,9 @@ from workflows.paper_arms import (
     HORIZONTAL,
     IMAGE_ARM,
     MINIATURE,
+    N_TEST,
+    N_TRAIN,
+    SCENES_SEED,
     STEPS,
     VERTICAL,
     Plan,
@@ -49,9 +52,7 @@ from workflows.paper_arms import (
 from workflows.paper_page import page
 from workflows.provenance import run_name
 
-N_TRAIN, N_TEST = 8000, 1000  # scenes
-SCENES_SEED = 20240617  # no other run of the project draws it
-CAPTIONER_SEED, CLIPS_SEED = 20240620, 20240621  # nor one of these
+CAPTIONER_SEED, CLIPS_SEED = 20240620, 20240621  # no other run of the project draws these
 QUESTIONS = 1000  # of a task
 _RUN = "run.json"  # in the packed answers
 _SETTINGS = "arms.json"  # in the run's folder: what decides the answers of each arm
@@ -333,7 +334,7 @@ def _arm(plan: Plan, trained: Trained, seed: int) -> str:
 
 def _score(plan: Plan, trained: Trained, seed: int) -> None:
     """What `locvlm predict` has not scored. Answers carry their references: of a whole set those that were not asked
-    would count as wrong."""
+    would count as wrong. Raises LocVLMError where an arm that is asked for could not have METEOR."""
     answers = {name: (name, plan.answers(trained.name, seed, name)) for name in trained.tasks}
     if trained.name in EXPRESSED:
         answers[EXPRESSIONS] = ("region-description", _express(plan, trained, seed))
@@ -346,7 +347,7 @@ def _score(plan: Plan, trained: Trained, seed: int) -> None:
         _locvlm(plan, f"{seed}-{trained.name}-score", ["score", *argv, "--config", str(_places(plan, trained))])
     for name in answers:
         output = plan.metrics(trained.name, seed, name)
-        if not _has_figures(output, name):
+        if not _has_figures(output, name) and trained in plan.arms:
             reason = read_metrics(output).get("not_computed", {}).get("meteor", "no reason is told")
             raise LocVLMError(f"scoring {output}: there is no METEOR: {reason}")
 
@@ -357,11 +358,11 @@ def _has_figures(metrics: Path, name: str) -> bool:
 
 
 def _places(plan: Plan, trained: Trained) -> Path:
-    """A file that says how the arm writes places."""
+    """A file with the arm's settings; `locvlm score` takes from it how it writes places."""
     path = plan.root / "configs" / f"{trained.name}.yaml"
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path) as file:
-        file.write(dump_config(preset("tiny", [*plan.overrides, *trained.arm.places])))
+        file.write(dump_config(preset("tiny", [*plan.overrides, *plan.settings(trained)])))
     return path
 
 
@@ -438,7 +439,7 @@ def _tell(plan: Plan, n_done: int, n_before: int, began: float, news: str) -> No
 
 
 def _pack(plan: Plan, output: Path) -> None:
-    """The answers of all arms, how each writes places and the name of the run as one file, the same bytes for the same
+    """The answers of all arms, the settings of each and the name of the run as one file, the same bytes for the same
     answers. Figures are left out: `locvlm score` gives them again, and they name folders of this machine."""
 
     def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -14,12 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from locvlm.coordinates import LocationFormat
 from locvlm.data.coco import read_bytes
 from locvlm.data.refcoco import Ref, read_refs
 from locvlm.errors import DataError
 from locvlm.evaluation.meteor import MeteorUnavailable, Segments, shared
 from locvlm.evaluation.metrics import Figure, Floor, Sums
+from locvlm.evaluation.metrics import meteor as meteor_of
 from locvlm.evaluation.questions import (
     Question,
     QuestionSet,
@@ -110,30 +113,35 @@ class RegionScorer(Scorer):
         self._pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, self._names))})\b") if names else None
         self._categories = Counter(reference["category"] for reference in references if reference["category"])
         self._statistics: dict[str, dict[str, tuple[float, ...]]] = {}
+        self._floors: dict[str, Floor] = {}
         self._why_not = ""
         has_expressions = any(reference["references"] != [reference["category"]] for reference in references)
         categories = CATEGORY_FIGURES if self._categories else ()
         self.figures = (*(METEOR_FIGURES if has_expressions else ()), *categories)
 
     def prepare(self, answers: Mapping[str, str | None]) -> None:
-        """Ask METEOR about all answers, once as they are and once without their prefix. Without Java the other figures
-        go on; raises UserError when there is none."""
+        """Ask METEOR about all answers, once as they are and once without their prefix, and about the commonest
+        expression in their place. Without Java the other figures go on; raises UserError when there is none."""
         if METEOR_FIGURES[0] not in self.figures:
             return
         references = [question.reference["references"] for question in self._questions]
         said = [answers[question.id] or "" for question in self._questions]
-        stripped = [_PREFIX.sub("", answer) for answer in said]
+        counts = Counter(text for texts in references for text in texts)
+        constant = max(counts, key=lambda text: (counts[text], text))
+        asked = [said, [constant] * len(said)]
+        asked = [answers for form in asked for answers in (form, [_PREFIX.sub("", answer) for answer in form])]
         try:
-            found = shared().statistics(Segments(said, references), Segments(stripped, references))
+            found = shared().statistics(*(Segments(answers, references) for answers in asked))
         except MeteorUnavailable as fault:
             self.figures = tuple(name for name in self.figures if name not in METEOR_FIGURES)
             if not self.figures:
                 raise
             self._why_not = str(fault)
             return
-        for name, statistics in zip(METEOR_FIGURES, found, strict=True):
+        for name, statistics, blind in zip(METEOR_FIGURES, found[:2], found[2:], strict=True):
             ids = (question.id for question in self._questions)
             self._statistics[name] = dict(zip(ids, statistics, strict=True))
+            self._floors[name] = Floor(float(meteor_of(np.sum(blind, axis=0))), f"always '{constant}'")
 
     def parse(self, answer: str, question: Question) -> Any:
         """The categories of the set that the answer names as whole words, in order of appearance; None for none."""
@@ -156,12 +164,12 @@ class RegionScorer(Scorer):
         }
 
     def floors(self) -> dict[str, Floor]:
-        """Always the commonest category."""
+        """Always the commonest category, and for METEOR the commonest expression (known after `prepare`)."""
         if not self._categories:
-            return {}
+            return self._floors
         name, n = max(self._categories.items(), key=lambda pair: (pair[1], pair[0]))
         floor = Floor(n / self._categories.total(), f"always '{name}'")
-        return {"accuracy": floor, "names_category": floor}
+        return {"accuracy": floor, "names_category": floor, **self._floors}
 
     def facts(self, figures: Mapping[str, Figure]) -> dict[str, Any]:
         """Null and the reason for METEOR that could not be computed."""

@@ -23,7 +23,7 @@ Verdict = Literal["shown", "shown in part", "not shown", "contrary", "not run"]
 class Contrast:
     """A figure of the arm that is claimed to be better minus that of the other. `difference`, `low`, `high`: mean over
     the seeds and its 95 % interval (None with fewer than two seeds); `floor`: what needs no image, None where no such
-    answer is known; `asked`: the 95 % interval that the questions leave, None where it was not computed."""
+    answer is known; `by_questions`: the 95 % interval that the questions leave, None where it was not computed."""
 
     better: Spread
     other: Spread
@@ -31,7 +31,7 @@ class Contrast:
     low: float | None
     high: float | None
     floor: float | None
-    asked: tuple[float, float] | None = None
+    by_questions: tuple[float, float] | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -39,7 +39,7 @@ class Contrast:
         other arm above the floor (two arms that both guess say nothing). Else, and with one seed, not shown."""
         if self.low is None or self.high is None:
             return "not shown"
-        low, high = self.asked or (self.low, self.high)
+        low, high = self.by_questions or (self.low, self.high)
         if min(low, self.low) > 0 and self.better.mean > (self.floor or 0):
             return "shown"
         if max(high, self.high) < 0 and self.other.mean > (self.floor or 0):

@@ -77,9 +77,13 @@ def test_meteor_is_the_corpus_figure_with_and_without_the_prefix(meteor: Meteor)
     whole = Segments(answers, references)
     bare = Segments(["cat that is black and sitting on a chair.", "bottle."], references)
     scores = meteor.score(whole, bare)
+    common = max(text for texts in references for text in texts)  # each is there once
+    (floor,) = meteor.score(Segments([common] * 2, references))
     for name, score_of in zip(rules.figures, scores, strict=True):
         assert found[name].value == pytest.approx(score_of.corpus, abs=1e-12)
         assert found[name].n == 2
+        assert found[name].floor == pytest.approx(floor.corpus, abs=1e-12)
+        assert found[name].floor_answer == f"always '{common}'"
         assert found[name].low is not None
         assert found[name].low < found[name].value < (found[name].high or 0)
         assert found[name].value != pytest.approx(sum(score_of.segments) / 2, abs=1e-3)

@@ -39,7 +39,7 @@ def test_a_difference_has_to_exceed_what_the_questions_leave_open(lows: list[flo
     better, other = [0.80, 0.81, 0.82], [0.50, 0.51, 0.50]
     asked = [Difference(0.3, low, 0.6) for low in lows]
     found = contrast(better, other, 0.5, asked)
-    assert found.asked == (pytest.approx(sum(lows) / 3), pytest.approx(0.6))
+    assert found.by_questions == (pytest.approx(sum(lows) / 3), pytest.approx(0.6))
     assert found.verdict == verdict
     turned = [Difference(-0.3, -0.6, -low) for low in lows]
     assert contrast(other, better, 0.5, turned).verdict == verdict.replace("shown", "contrary", verdict == "shown")
