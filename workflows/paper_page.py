@@ -167,8 +167,8 @@ def _details(plan: Plan, claim: Claim, found: Sequence[Contrast | None]) -> list
         "verdict",
     ]
     lines = [f"### {claim.letter}: {claim.text}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    rows = [(*contrast, one, "{}") for contrast, one in zip(claim.contrasts, found, strict=True)]
-    rows += [(*contrast, _contrast(plan, *contrast[:4]), "({}; beside the claim)") for contrast in claim.beside]
+    rows = [(*said, one, "{}") for said, one in zip(claim.contrasts, found, strict=True)]
+    rows += [(*said, _contrast(plan, *said[:4]), "({}; beside the claim)") for said in claim.beside]
     for better, other, task, figure, words, one, verdict in rows:
         if one is None:
             lines.append(f"| {words} | | {better} | {other} | | | | {verdict.format('not run')} |")
@@ -233,7 +233,7 @@ def _arms(plan: Plan) -> str:
         PRESENCE,
         WHERE,
         ("localization", "neg_f1"),
-        ("region-description", "names_category"),
+        NAMED,
     ]
     told = """*Turned around*: the share of answers that name the opposite side; with 0 % right and 100 % turned around
 a model tells the sides apart and calls each by the other's name. *Asked presence*: the share of presence questions in
